@@ -1,0 +1,115 @@
+"""Reading transformers' checkpoints, with refusals that say what to do, before any weights load.
+
+Kept apart from the policies because it serves any model of transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+
+def read_config(path: str, kind: type[PreTrainedConfig], example: str) -> Any:
+    """Read the configuration of a checkpoint.
+
+    Args:
+        path: A folder or a hub id.
+        kind: The class that the checkpoint must belong to.
+        example: A hub id of such a checkpoint, for messages.
+
+    Raises:
+        ValueError: No such folder, a hub id out of reach, or a model of another kind.
+    """
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if not folder.is_dir() and (looks_local or folder.parent.is_dir()):
+        raise ValueError(
+            f"expected a folder with a {kind.model_type} checkpoint, got {folder.absolute()}, "
+            f"which does not exist; name an existing folder, or a hub id such as {example}"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"expected a config.json in {folder.absolute()}, got none; name the folder that holds "
+            f"a {kind.model_type} checkpoint in transformers' format"
+        )
+    try:
+        entries, _ = kind.get_config_dict(path, local_files_only=folder.is_dir())
+    except OSError as error:
+        raise ValueError(
+            f"expected {path} to be a folder, or a hub id that this machine can reach, got: "
+            f"{_first_line(error)}; download the checkpoint where there is a network and give its "
+            "folder"
+        ) from error
+    if entries.get("model_type") != kind.model_type:
+        raise ValueError(
+            f"expected a {kind.model_type} checkpoint in {path}, got model_type "
+            f"{entries.get('model_type')!r}; use one in transformers' format, such as {example}"
+        )
+    return kind.from_dict(entries)
+
+
+def read_processor(path: str, kind: type[ProcessorMixin]) -> Any:
+    """Read tokenizer and image processor of a checkpoint.
+
+    Raises:
+        ValueError: They are not there.
+    """
+    try:
+        return kind.from_pretrained(path, local_files_only=Path(path).is_dir())
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"expected tokenizer and processor files beside the weights in {path}, got: "
+            f"{_first_line(error)}; copy them from the checkpoint that the weights came from"
+        ) from error
+
+
+def token_id(tokenizer: Any, token: str, path: str) -> int:
+    """The id of a special token, looked up by name: checkpoints of one family differ in it.
+
+    Raises:
+        ValueError: The tokenizer does not have it.
+    """
+    index = tokenizer.get_vocab().get(token)
+    if index is None:
+        raise ValueError(
+            f"expected the token {token} in the tokenizer of {path}, got none; "
+            "a guessed id would change pictures without a word: use the original tokenizer"
+        )
+    return int(index)
+
+
+def read_weights(path: str, kind: type[PreTrainedModel], **settings: Any) -> Any:
+    """Read a model, all of it.
+
+    transformers itself fills what a file lacks with random numbers and warns.
+
+    Args:
+        path: A folder or a hub id.
+        kind: The model's class.
+        **settings: For `from_pretrained`.
+
+    Raises:
+        ValueError: There are no weights, or some are missing.
+    """
+    try:
+        loaded: Any = kind.from_pretrained(
+            path, local_files_only=Path(path).is_dir(), output_loading_info=True, **settings
+        )
+    except OSError as error:
+        raise ValueError(
+            f"expected weights in {path}, got: {_first_line(error)}; download the checkpoint again"
+        ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"expected all weights of a {kind.__name__} in {path}, got none for {len(missing)} "
+            f"of them, {missing[0]} among them; convert or download the checkpoint again"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

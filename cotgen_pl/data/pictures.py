@@ -1,0 +1,106 @@
+"""Prompts with pictures, for supervised fine-tuning: rendered pictures of the Shapes world."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from cotgen_pl.interfaces import Prompt
+from cotgen_pl.shapes.grammar import draw_prompt
+from cotgen_pl.shapes.render import render
+from cotgen_pl.shapes.scenes import compose, spoil
+
+
+class ShapesPictures(IterableDataset[tuple[list[Prompt], Tensor]]):
+    """Batches of prompts and their pictures for one process.
+
+    Batch k of process r out of W is drawn from (seed, k * W + r) alone, so processes never share.
+
+    Args:
+        batch_size: Pictures in a batch.
+        num_batches: Of the whole run.
+        start: The first batch to yield.
+        wrong_share: Share of the pictures that are wrong on purpose, so that a model trained on
+            them has something left to learn from rewards.
+        seed: Of prompts and pictures.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_batches: int,
+        start: int = 0,
+        wrong_share: float = 0.0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self.batch_size, self.num_batches, self.start = batch_size, num_batches, start
+        self.wrong_share, self.seed = wrong_share, seed
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[tuple[list[Prompt], Tensor]]:
+        for number in range(self.start, self.num_batches):
+            drawn_number = number * self.world_size + self.rank
+            rng = random.Random(f"pictures of seed {self.seed}, batch {drawn_number}")
+            drawn = [self._draw(rng) for _ in range(self.batch_size)]
+            yield [prompt for prompt, _ in drawn], torch.stack([picture for _, picture in drawn])
+
+    def _draw(self, rng: random.Random) -> tuple[Prompt, Tensor]:
+        prompt = draw_prompt(rng, wording="both", words="all", pairs="all")
+        objects = compose(prompt, rng)
+        if rng.random() < self.wrong_share:
+            objects = spoil(prompt, objects, rng)
+        return prompt, render(objects)
+
+
+class PictureData(LightningDataModule):
+    """Pictures of the Shapes world in all words, both wordings and all pairs of objects.
+
+    Args:
+        batch_size: Pictures per optimizer step, on one process.
+        num_batches: Optimizer steps of the run.
+        wrong_share: Share of the pictures that are wrong on purpose.
+        seed: Of prompts and pictures.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_batches: int = 1000,
+        wrong_share: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= wrong_share <= 1:
+            raise ValueError(
+                f"expected wrong_share in [0, 1], got {wrong_share}; it is a share of the pictures"
+            )
+        self.batch_size, self.num_batches = batch_size, num_batches
+        self.wrong_share, self.seed = wrong_share, seed
+
+    def train_dataloader(self) -> DataLoader[tuple[list[Prompt], Tensor]]:
+        """The batches that a resumed run has not seen yet."""
+        trainer: Any = self.trainer
+        pictures = ShapesPictures(
+            self.batch_size,
+            self.num_batches,
+            trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+            self.wrong_share,
+            self.seed,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return DataLoader(pictures, batch_size=None)

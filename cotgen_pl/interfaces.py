@@ -1,0 +1,230 @@
+"""The records and the two interfaces that everything else meets through.
+
+Legend for shapes, used in every docstring of the package: B images in a batch, P distinct prompts,
+G images per prompt (B = P * G, the G images of one prompt stand side by side), T image tokens per
+image, V image codebook size, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Prompt:
+    """One text to draw. Not frozen: Lightning moves batches between devices field by field."""
+
+    text: str
+    """What rewards see."""
+    suite: str = "train"
+    """The set it belongs to: `train`, or the name of a benchmark."""
+    category: str = ""
+    """The skill that it tests; scores are averaged per category."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Ground truth for rule-based scorers: objects, counts, relations."""
+    generation_text: str = ""
+    """What the policy sees, when that is a rewritten or reasoned form of `text`; empty means
+    `text`."""
+    index: int = 0
+    """Its place in its data set; a part of the key of its noise."""
+    occurrence: int = 0
+    """How often the data set has been passed before this draw; a part of the key of its noise."""
+
+    @property
+    def drawn_text(self) -> str:
+        """The text that the policy is conditioned on."""
+        return self.generation_text or self.text
+
+
+@dataclass
+class Scores:
+    """A reward's verdict on B images."""
+
+    total: Tensor
+    """[B] float32, higher is better; NaN means no verdict."""
+    parts: dict[str, Tensor]
+    """Named terms, [B] float32 each; a single scorer has one part, itself."""
+    weights: dict[str, float]
+    """Weight of each part in the total; 0 for parts that are only watched."""
+    details: list[dict[str, Any]] | None = None
+    """Per image, what to look at: failed clauses, boxes, text answered."""
+
+    @classmethod
+    def single(
+        cls, name: str, values: Tensor, details: list[dict[str, Any]] | None = None
+    ) -> Scores:
+        """The verdict of a scorer whose only part is itself."""
+        values = values.float()
+        return cls(values, {name: values}, {name: 1.0}, details)
+
+
+@dataclass
+class Rollout:
+    """All that one policy update needs. Images of one prompt are adjacent."""
+
+    prompts: list[Prompt]
+    """One per image."""
+    tokens: Tensor
+    """[B, T] int64."""
+    logprobs: Tensor
+    """[B, T] float32, of the sampled tokens under the distribution that they were drawn from."""
+    rewards: dict[str, Tensor]
+    """Each part's scores, [B] float32."""
+    advantages: Tensor
+    """[B] float32."""
+    weights: Tensor
+    """[B] float32, 1 for images that are trained on and 0 for those of masked groups."""
+    old_logprobs: Tensor | None = None
+    """[B, T] float32, by teacher forcing before the first update; absent when there is one update
+    only."""
+    reference_logprobs: Tensor | None = None
+    """[B, T] float32; absent when the KL coefficient is 0."""
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def split(self, size: int) -> Iterator[Rollout]:
+        """Yield consecutive parts of at most `size` images."""
+        for start in range(0, len(self), size):
+            yield self._part(slice(start, start + size))
+
+    def _part(self, part: slice) -> Rollout:
+        cut: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, dict):
+                cut[entry.name] = {name: scores[part] for name, scores in value.items()}
+            else:
+                cut[entry.name] = None if value is None else value[part]
+        return Rollout(**cut)
+
+
+class Policy(nn.Module, ABC):
+    """An autoregressive image generator: prompts to image tokens, and tokens to log-probabilities.
+
+    Constructing one is cheap and checks its arguments; `load` reads the weights. Prompts are
+    strings here.
+    """
+
+    num_tokens: int
+    """T, image tokens per image."""
+    codebook_size: int
+    """V, image codes."""
+
+    @abstractmethod
+    def load(self) -> Policy:
+        """Read the weights and decide what trains; a second call does nothing. Returns self."""
+
+    def describe(self) -> dict[str, Any]:
+        """What was found out rather than configured, for the run folder: JSON values."""
+        return {}
+
+    @abstractmethod
+    def prefill(
+        self, prompts: Sequence[str], *, guided: bool, copies: int = 1
+    ) -> tuple[Tensor, Any]:
+        """Read P prompts, each distinct one once, and make room for `copies` images of each.
+
+        Returns:
+            Logits of the first token, [R, V], and a cache for `step`. R = P * copies, in the order
+            prompt 0 copy 0, prompt 0 copy 1, ...; when guided, the same number of unconditional
+            rows follows (2R).
+        """
+
+    @abstractmethod
+    def step(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Append one token to each image and give the next logits, in the row order of `prefill`.
+
+        Args:
+            tokens: [B] int64; an image's unconditional row gets its token too.
+            cache: From `prefill`; advanced in place.
+        """
+
+    @abstractmethod
+    def logits(
+        self, prompts: Sequence[str], tokens: Tensor, unconditional: bool | Tensor = False
+    ) -> Tensor:
+        """Logits of every token by teacher forcing, with gradient.
+
+        Args:
+            prompts: B texts.
+            tokens: [B, T] int64.
+            unconditional: Drop the condition, for all images or for those marked in a [B] bool
+                tensor.
+
+        Returns:
+            [B, T, V]: row t predicts token t.
+        """
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Draw tokens [B, T] as pictures [B, 3, H, W], float32 in [0, 1]."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Read pictures [B, 3, H, W] in [0, 1] as tokens [B, T]."""
+
+    @abstractmethod
+    def reference(self) -> Policy:
+        """A frozen twin with the weights of now; under LoRA, the same weights with adapters off."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The layers that are sharded and gathered one by one."""
+
+    @abstractmethod
+    def export(self, folder: Path, *, merge_adapters: bool = True) -> None:
+        """Write the policy in its own library's format; adapters merged, or apart for peft."""
+
+
+class Reward(nn.Module, ABC):
+    """Anything that scores pictures: a training reward, a benchmark, a pair labeller, a selector.
+
+    A class and not a call-only protocol, because the command line reads the latter as a plain
+    callable. Constructing one is cheap and checks its arguments; `load` reads the weights.
+    """
+
+    required_facts: tuple[str, ...] = ()
+    """Facts that each prompt must have; missing ones stop a run before any weights load."""
+
+    def load(self) -> Reward:
+        """Read the weights, if there are any; a second call does nothing. Returns self."""
+        return self
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score pictures [B, 3, H, W], float32 in [0, 1], against B prompts, each its own."""
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Put a module into evaluation mode without gradients."""
+    module.eval()
+    return module.requires_grad_(False)
+
+
+def check_scores(scores: Scores, num_images: int, name: str) -> None:
+    """Raise a ValueError unless a reward's verdict fits the images and says something.
+
+    Args:
+        scores: The verdict.
+        num_images: B.
+        name: The reward's name, for the message.
+    """
+    for part, values in {"total": scores.total, **scores.parts}.items():
+        if values.shape != (num_images,):
+            raise ValueError(
+                f"reward {name}: expected {part} of shape ({num_images},), one score per image, "
+                f"got {tuple(values.shape)}; return Scores with one float per image"
+            )
+    if torch.isnan(scores.total).all():
+        raise ValueError(
+            f"reward {name}: all {num_images} scores are NaN (no verdict): nothing to learn; look at "
+            "the scorer's own output for these prompts before resuming"
+        )

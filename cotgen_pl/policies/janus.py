@@ -1,0 +1,398 @@
+"""Janus and Janus-Pro as a policy, through transformers' own class, from a hub id or a folder.
+
+Sampling does not use transformers' `generate`: that keeps 50 codes of the codebook when it samples,
+fails without guidance, reads the prompt once per copy and gives no log-probabilities. The two agree
+token by token when greedy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
+from transformers.cache_utils import DynamicCache
+
+from cotgen_pl.adapters import AdaptersOff, LoraSettings, add_adapters, quantization_config
+from cotgen_pl.cache import StaticCache
+from cotgen_pl.checkpoints import read_config, read_processor, read_weights, token_id
+from cotgen_pl.interfaces import Policy, freeze
+
+# README and demo/app_januspro.py of github.com/deepseek-ai/Janus at 1daa72f: no system prompt, the
+# assistant's turn empty, no blank behind it.
+TEMPLATES = {
+    "janus": "User: {prompt}\n\nAssistant:",
+    "janus_pro": "<|User|>: {prompt}\n\n<|Assistant|>:",
+}
+BEGIN_OF_IMAGE = "<begin_of_image>"
+PAD = "<｜▁pad▁｜>"  # by name: the originals' tokenizer_config.json leaves pad_token empty
+PIXELS_PER_DECODE = 4_000_000  # about 27 pictures of 384 px at a time: bounds the decoder's memory
+EXAMPLE = "deepseek-community/Janus-Pro-1B"
+NOT_QUANTIZED = [
+    "model.vision_model",
+    "model.aligner",
+    "model.vqmodel",
+    "model.generation_embeddings",
+    "model.generation_aligner",
+    "model.generation_head",
+    "lm_head",
+]
+LORA_TARGETS = r"model\.language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+class JanusPolicy(Policy):
+    """A Janus checkpoint that draws.
+
+    Args:
+        path: A folder in transformers' format, or a hub id: `deepseek-community/Janus-Pro-1B`.
+        trains: `language_model` (layers and last norm), `generation` (code embedding, its aligner
+            and the image head) or `both`. What pictures do not pass through stays frozen.
+        train_text_embedding: Train the text embedding too, as T2I-R1 does; 0.21 B more parameters
+            at 1B.
+        lora: Train low-rank adapters on all seven projections of each layer, not the weights.
+        quantize: Keep the language model's weights in 4 or 8 bits through bitsandbytes; needs
+            `lora`.
+        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its
+            activations.
+        attention: Attention implementation.
+        dtype: Type of the frozen weights. Weights that train are float32 at least: in bfloat16,
+            98 % of the steps of size 1e-6 round to nothing. Use the trainer's
+            `precision: bf16-mixed` to compute in bfloat16.
+        compile: Compile the teacher-forced pass.
+        template: Prompt form; by default read from the checkpoint's own chat template. A Janus-1.3B
+            converted by transformers' script carries Janus-Pro's template: name `janus` for it.
+
+    Raises:
+        ValueError: The path is neither a folder nor a reachable hub id, is not a Janus, or
+            arguments exclude each other. All before weights load.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        trains: Literal["language_model", "generation", "both"] = "language_model",
+        train_text_embedding: bool = False,
+        lora: LoraSettings | None = None,
+        quantize: Literal["4bit", "8bit"] | None = None,
+        gradient_checkpointing: bool = False,
+        attention: Literal["sdpa", "eager"] = "sdpa",
+        dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+        compile: bool = False,
+        template: Literal["janus", "janus_pro"] | None = None,
+    ) -> None:
+        super().__init__()
+        if quantize and not lora:
+            raise ValueError(
+                f"expected lora beside quantize: {quantize}, got none, and quantised weights "
+                "cannot train; add lora: {}"
+            )
+        if lora and (trains != "language_model" or train_text_embedding):
+            raise ValueError(
+                f"expected lora to adapt the language model alone, got trains: {trains} and "
+                f"train_text_embedding: {train_text_embedding}; leave both out or drop lora"
+            )
+        self.path, self.trains, self.train_text_embedding = path, trains, train_text_embedding
+        self.lora, self.quantize = lora, quantize
+        self.gradient_checkpointing, self.compile_forward = gradient_checkpointing, compile
+        self.attention, self.dtype = attention, dtype
+        self.config: Any = read_config(path, JanusConfig, EXAMPLE)
+        self.processor = read_processor(path, JanusProcessor)
+        self.template = template or _recognise_template(self.processor, path)
+        self.num_tokens: int = self.config.vq_config.num_patches**2
+        self.codebook_size: int = self.config.vq_config.num_embeddings
+        self.begin_of_image = token_id(self.processor.tokenizer, BEGIN_OF_IMAGE, path)
+        self.pad = token_id(self.processor.tokenizer, PAD, path)
+        self.model: Any = None
+        self._buffers_for_decoding: StaticCache | None = None
+        self._compiled_body: Any = None
+
+    def load(self) -> JanusPolicy:
+        """Read the weights and decide what trains; a second call does nothing. Returns self."""
+        if self.model is not None:
+            return self
+        dtype = getattr(torch, self.dtype)
+        model = read_weights(
+            self.path,
+            JanusForConditionalGeneration,
+            dtype=dtype,
+            attn_implementation=self.attention,
+            quantization_config=quantization_config(self.quantize, dtype, NOT_QUANTIZED),
+        )
+        freeze(model)
+        model.model.vqmodel.to(torch.float64 if self.dtype == "float64" else torch.float32)
+        self.model = add_adapters(model, self.lora, LORA_TARGETS) if self.lora else model
+        self._choose_trainable()
+        if self.gradient_checkpointing:
+            self.janus.gradient_checkpointing_enable({"use_reentrant": False})
+        self._compile()
+        return self.train()
+
+    def _compile(self) -> None:
+        if self.compile_forward:
+            self._compiled_body = torch.compile(self._body)
+
+    def _choose_trainable(self) -> None:
+        inner = self.janus.model
+        language = [inner.language_model.layers, inner.language_model.norm]
+        generation = [inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
+        parts = {
+            "language_model": language,
+            "generation": generation,
+            "both": language + generation,
+        }
+        if not self.lora:
+            for part in parts[self.trains]:
+                part.requires_grad_(True)
+            inner.language_model.embed_tokens.requires_grad_(self.train_text_embedding)
+        for parameter in self.parameters():
+            if parameter.requires_grad and self.dtype != "float64":
+                parameter.data = parameter.data.float()
+
+    def describe(self) -> dict[str, Any]:
+        """Checkpoint, prompt template and special ids, as they were found."""
+        return {
+            "path": self.path,
+            "template": TEMPLATES[self.template],
+            "template_name": self.template,
+            "pad_id": self.pad,
+            "begin_of_image_id": self.begin_of_image,
+        }
+
+    @property
+    def janus(self) -> JanusForConditionalGeneration:
+        """The model of transformers, without the adapters' shell."""
+        if self.model is None:
+            raise RuntimeError("the policy's weights are not read yet; call load() first")
+        return self.model.get_base_model() if self.lora else self.model
+
+    def train(self, mode: bool = True) -> JanusPolicy:
+        """Stay in evaluation mode: nothing has dropout, and the frozen VQ part keeps its mode."""
+        return super().train(False)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """BOS, the templated prompt, begin-of-image.
+
+        Raises:
+            ValueError: Prompt and picture together are longer than the model's context.
+        """
+        text = TEMPLATES[self.template].format(prompt=prompt.strip()) + BEGIN_OF_IMAGE
+        tokenizer = self.processor.tokenizer
+        ids: list[int] = tokenizer(text)["input_ids"]
+        if ids[0] != tokenizer.bos_token_id or ids[-1] != self.begin_of_image:
+            raise ValueError(
+                f"expected {self.path}'s tokenizer to put BOS first and {BEGIN_OF_IMAGE} last, "
+                f"got {tokenizer.convert_ids_to_tokens(ids)}; convert the checkpoint again"
+            )
+        room = self.config.text_config.max_position_embeddings - self.num_tokens
+        if len(ids) > room:
+            raise ValueError(
+                f"expected a prompt of at most {room} tokens beside {self.num_tokens} of the "
+                f"picture, got {len(ids)}; shorten: {prompt[:80]!r}"
+            )
+        return ids
+
+    def _unconditional_ids(self, length: int) -> list[int]:
+        """BOS, pads, begin-of-image: as long as the prompt itself, all positions attended.
+
+        Source: generation_inference.py of github.com/deepseek-ai/Janus at 1daa72f. The batch is
+        padded on the left with the prompt's mask, so a row does not depend on its neighbours.
+        """
+        bos = self.processor.tokenizer.bos_token_id
+        return [bos, *[self.pad] * (length - 2), self.begin_of_image]
+
+    def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask, [R, L] each."""
+        longest = max(map(len, rows))
+        ids = [[self.pad] * (longest - len(row)) + list(row) for row in rows]
+        mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
+        device = self.janus.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def logits(
+        self, prompts: Sequence[str], tokens: Tensor, unconditional: bool | Tensor = False
+    ) -> Tensor:
+        """Logits of every token by teacher forcing, [B, T, V]; see `Policy.logits`.
+
+        The text head never runs and no layer's hidden states are kept.
+        """
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        dropped = torch.as_tensor(unconditional).expand(len(rows)).tolist()
+        rows = [
+            self._unconditional_ids(len(row)) if drop else row
+            for row, drop in zip(rows, dropped, strict=True)
+        ]
+        ids, mask = self._pad_left(rows)
+        embedded = torch.cat([self._embed_text(ids), self._embed_codes(tokens[:, :-1])], 1)
+        mask = nn.functional.pad(mask, (0, tokens.shape[1] - 1), value=True)
+        return self._head(self._hidden_states(embedded, mask)[:, -tokens.shape[1] :])
+
+    def _hidden_states(self, embedded: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
+        """Last hidden states, [R, L, width], of a left-padded batch read from its beginning."""
+        length = mask.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        # A padded position may see itself: a row that sees nothing would be NaN.
+        seen = causal & mask[:, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if cache is not None:
+            return self._body(embedded, seen[:, None], positions, cache)
+        with self._checkpointing():
+            body = self._compiled_body or self._body
+            return body(embedded, seen[:, None], positions)
+
+    def _body(self, embedded: Tensor, seen: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
+        if self.attention == "eager":
+            lowest = torch.finfo(embedded.dtype).min
+            seen = torch.zeros_like(seen, dtype=embedded.dtype).masked_fill(~seen, lowest)
+        return self.janus.model.language_model(
+            inputs_embeds=embedded,
+            attention_mask=seen,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Recompute layers in passes with gradient; transformers reads each one's training flag."""
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for layer in self.blocks():
+            layer.training = recompute
+        try:
+            yield
+        finally:
+            for layer in self.blocks():
+                layer.training = False
+
+    def _embed_text(self, ids: Tensor) -> Tensor:
+        return self.janus.model.language_model.embed_tokens(ids).to(self._width_type)
+
+    def _embed_codes(self, tokens: Tensor) -> Tensor:
+        return self.janus.prepare_embeddings_for_image_generation(tokens).to(self._width_type)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        head = self.janus.model.generation_head
+        return head(hidden.to(head.vision_head.weight.dtype))
+
+    @property
+    def _width_type(self) -> torch.dtype:
+        return self.janus.model.language_model.norm.weight.dtype
+
+    def prefill(
+        self, prompts: Sequence[str], *, guided: bool, copies: int = 1
+    ) -> tuple[Tensor, _Decoding]:
+        """Read each distinct prompt once, and one unconditional row per distinct length.
+
+        See `Policy.prefill`.
+
+        The cache's memory belongs to the policy and is used again: the next prefill ends the last
+        one's decoding.
+        """
+        texts = list(dict.fromkeys(prompts))
+        rows = [self.prompt_ids(text) for text in texts]
+        lengths = list(dict.fromkeys(map(len, rows))) if guided else []
+        source = [texts.index(prompt) for prompt in prompts for _ in range(copies)]
+        if guided:
+            source += [len(rows) + lengths.index(len(rows[row])) for row in source]
+        ids, mask = self._pad_left(rows + [self._unconditional_ids(length) for length in lengths])
+        prefix = DynamicCache()
+        hidden = self._hidden_states(self._embed_text(ids), mask, prefix)
+        index = torch.tensor(source, device=ids.device)
+        mask = nn.functional.pad(mask[index], (0, self.num_tokens), value=True)
+        cache = self._copy_prefix(prefix, index, mask.shape[1])
+        return self._head(hidden[:, -1])[index], _Decoding(cache, mask, guided)
+
+    def step(self, tokens: Tensor, cache: _Decoding) -> Tensor:
+        """Append one token to each image and give the next logits, [R, V]; see `Policy.step`."""
+        embedded = self._embed_codes(tokens[:, None])
+        if cache.guided:
+            embedded = embedded.repeat(2, 1, 1)
+        filled = cache.memory.get_seq_length() + 1
+        mask = cache.mask[:, :filled]
+        positions = mask.long().sum(-1, keepdim=True) - 1
+        return self._head(self._body(embedded, mask[:, None, None], positions, cache.memory)[:, -1])
+
+    def _copy_prefix(self, prefix: DynamicCache, index: Tensor, length: int) -> StaticCache:
+        cache = self._buffers_for_decoding
+        if cache is None or not cache.fits(len(index), length, prefix):
+            self._buffers_for_decoding = cache = None  # the old memory goes before the new comes
+            self._buffers_for_decoding = cache = StaticCache(len(index), length, prefix)
+        cache.fill(prefix, index)
+        return cache
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Draw tokens [B, T] as pictures [B, 3, H, W], float32 in [0, 1]; never under autocast."""
+        halvings = len(self.config.vq_config.channel_multiplier) - 1
+        side = self.config.vq_config.num_patches * 2**halvings
+        with torch.autocast(tokens.device.type, enabled=False):
+            parts = [
+                self.janus.model.vqmodel.decode(part)
+                for part in tokens.split(max(1, PIXELS_PER_DECODE // side**2))
+            ]
+        return ((torch.cat(parts).float() + 1) / 2).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Read pictures [B, 3, H, W] in [0, 1] as tokens [B, T].
+
+        Tokens of a decoded picture need not come back: keep sampled tokens for training.
+        """
+        vq = self.janus.model.vqmodel
+        pixels = (images * 2 - 1).to(vq.quant_conv.weight.dtype)
+        with torch.autocast(images.device.type, enabled=False):
+            return vq.encode(pixels).image_tokens.view(len(images), self.num_tokens)
+
+    def reference(self) -> Policy:
+        """A frozen twin that shares what is frozen already; under LoRA, itself without adapters."""
+        if self.lora:
+            return AdaptersOff(self)
+        shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
+        buffers, self._buffers_for_decoding = self._buffers_for_decoding, None
+        twin = copy.deepcopy(self, shared)
+        self._buffers_for_decoding = buffers
+        twin._compile()  # a compiled function is not copied: it would still read this policy
+        freeze(twin)
+        return twin
+
+    def blocks(self) -> list[nn.Module]:
+        """The language model's layers."""
+        return list(self.janus.model.language_model.layers)
+
+    def export(self, folder: Path, *, merge_adapters: bool = True) -> None:
+        """Write a folder that transformers loads; with adapters kept apart, one that peft loads."""
+        if not self.lora:
+            self.janus.save_pretrained(folder)
+        elif merge_adapters:
+            copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+@dataclass
+class _Decoding:
+    """Where a batch of images stands while it is drawn."""
+
+    memory: StaticCache
+    mask: Tensor  # [R, prefix + T] bool, False on left padding
+    guided: bool
+
+
+def _recognise_template(processor: Any, path: str) -> Literal["janus", "janus_pro"]:
+    """The known template that the checkpoint's own chat template renders."""
+    probe = [{"role": "user", "content": [{"type": "text", "text": "a dog"}]}]
+    if processor.chat_template:
+        drawn = processor.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
+        for name in ("janus", "janus_pro"):
+            if drawn.strip() == TEMPLATES[name].format(prompt="a dog"):
+                return name
+    raise ValueError(
+        f"expected {path} to carry the chat template of Janus or Janus-Pro, got another or none; "
+        "name the form that the checkpoint was trained with: template: janus_pro or template: janus"
+    )

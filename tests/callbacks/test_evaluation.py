@@ -1,0 +1,280 @@
+"""Scores in the loop, against brute force on a tiny Janus."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation, format_table
+from cotgen_pl.data.prompts import PromptData, PromptFile
+from cotgen_pl.interfaces import Prompt, Reward, Scores
+from cotgen_pl.modules.sft import SFTModule
+from cotgen_pl.policies.janus import JanusPolicy
+from tests.toys import Brightness, fit, make_grpo, make_policy, make_trainer, sgd
+
+ROWS = [("a red circle", "color"), ("two cats", "count"), ("cats", "count"), ("blue", "color")]
+
+
+class Marked(Reward):
+    """Brightness, without a verdict on prompts that hold `missing`; needs the fact `mark`."""
+
+    required_facts = ("mark",)
+
+    def score(self, images, prompts):
+        values = images.mean((1, 2, 3)).float()
+        missing = torch.tensor(["missing" in prompt.text for prompt in prompts])
+        return Scores.single("marked", values.masked_fill(missing, math.nan))
+
+
+def write_rows(folder, rows=ROWS, **facts) -> PromptFile:
+    path = folder / "held_out.jsonl"
+    lines = [json.dumps({"prompt": text, "category": kind, **facts}) for text, kind in rows]
+    path.write_text("\n".join(lines))
+    return PromptFile(str(path), "jsonl")
+
+
+def evaluation_of(folder, **arguments) -> SuiteEvaluation:
+    file = write_rows(folder)
+    suites = [
+        Suite("near", "id", [file], Brightness()),
+        Suite("far", "ood", [write_rows_reversed(folder)], Brightness()),
+        Suite("moved", "shift", [file], Brightness()),
+    ]
+    settings = {"images_per_prompt": 2, "final_images_per_prompt": 3, "batch_size": 5}
+    return SuiteEvaluation(suites, **(settings | arguments))
+
+
+def write_rows_reversed(folder) -> PromptFile:
+    path = folder / "far.txt"
+    path.write_text("\n".join(text for text, _ in ROWS[::-1][:3]))
+    return PromptFile(str(path), "text", category="any")
+
+
+def brute_force(module, texts, copies) -> torch.Tensor:
+    """Brightness of each image, one prompt at a time, [prompts, copies]."""
+    rows = []
+    for index, text in enumerate(texts):
+        tokens, _ = module.draw([Prompt(text, index=index)], copies, "evaluation")
+        rows.append(module.policy.decode(tokens).mean((1, 2, 3)))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def module(tiny_janus, tmp_path):
+    """A module that is loaded and attached to a trainer."""
+    module = make_grpo(tiny_janus)
+    module.configure_model()
+    module.trainer = make_trainer(tmp_path)
+    return module
+
+
+def disturb(module, size=0.2) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module._trained().values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(size * noise)
+
+
+# Scores -----------------------------------------------------------------------------------------
+
+
+def test_means_over_images_categories_and_suites(module, tmp_path):
+    metrics = evaluation_of(tmp_path).evaluate(module, 3)
+    near = brute_force(module, [text for text, _ in ROWS], 3)
+    far = brute_force(module, [text for text, _ in ROWS[::-1][:3]], 3)
+    color, count = near[[0, 3]].mean().item(), near[[1, 2]].mean().item()
+    expected = {
+        "val/id/near/color": color,
+        "val/id/near/count": count,
+        "val/id/near/mean": (color + count) / 2,
+        "val/id/mean": (color + count) / 2,
+        "val/ood/far/any": far.mean().item(),
+        "val/ood/mean": far.mean().item(),
+        "val/gap": (color + count) / 2 - far.mean().item(),
+        "val/shift/moved/mean": (color + count) / 2,
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-6), name
+    assert "val/shift/mean" not in metrics
+    assert metrics["val/id/near/parts/red"] != metrics["val/id/near/mean"]
+    assert module.trainer.logger.rows[0] == metrics
+
+
+def test_domain_mean_is_over_suites_not_over_images(module, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("blue\n")
+    suites = [
+        Suite("one", "id", [write_rows(tmp_path)], Brightness()),
+        Suite("two", "id", [PromptFile(str(few), "text")], Brightness()),
+    ]
+    metrics = SuiteEvaluation(suites).evaluate(module, 2)
+    two = [metrics["val/id/one/mean"], metrics["val/id/two/mean"]]
+    assert metrics["val/id/mean"] == pytest.approx(sum(two) / 2)
+    assert metrics["val/id/two/other"] == metrics["val/id/two/mean"]  # prompts without a category
+    assert "val/ood/mean" not in metrics and "val/gap" not in metrics
+
+
+def test_a_missing_verdict_is_left_out_of_its_mean(module, tmp_path):
+    rows = [*ROWS, ("missing", "color")]
+    suite = Suite("near", "id", [write_rows(tmp_path, rows, mark=1)], Marked())
+    metrics = SuiteEvaluation([suite]).evaluate(module, 2)
+    near = brute_force(module, [text for text, _ in ROWS], 2)
+    assert metrics["val/id/near/color"] == pytest.approx(near[[0, 3]].mean().item(), abs=1e-6)
+
+
+def test_the_batch_size_changes_nothing(module, tmp_path):
+    one = evaluation_of(tmp_path, batch_size=1).evaluate(module, 3)
+    many = evaluation_of(tmp_path, batch_size=100).evaluate(module, 3)
+    assert one == pytest.approx(many, abs=1e-6)
+
+
+# Divergence -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("guidance", "temperature"), [(1.0, 1.0), (3.0, 0.7)])
+def test_divergence_is_exact_over_the_codebook(tiny_janus, tmp_path, guidance, temperature):
+    module = make_grpo(tiny_janus, guidance=guidance, temperature=temperature)
+    module.configure_model()
+    module.trainer = make_trainer(tmp_path)
+    evaluation = evaluation_of(tmp_path)
+    assert evaluation.evaluate(module, 1)["val/kl_to_base"] == pytest.approx(0, abs=1e-9)
+    disturb(module)
+    base = make_policy(tiny_janus).load()
+    expected = []
+    for texts in ([text for text, _ in ROWS], [text for text, _ in ROWS[::-1][:3]]):
+        values = []
+        for index, text in enumerate(texts):
+            tokens, _ = module.draw([Prompt(text, index=index)], 1, "evaluation")
+            now = distribution(module.policy, text, tokens, guidance, temperature)
+            then = distribution(base, text, tokens, guidance, temperature)
+            values += [
+                sum(p * (math.log(p) - math.log(q)) for p, q in zip(*pair, strict=True))
+                for pair in zip(now, then, strict=True)
+            ]
+        expected.append(sum(values) / len(values))
+    metrics = evaluation.evaluate(module, 1)
+    assert sum(expected) / 2 > 0.01
+    assert metrics["val/kl_to_base"] == pytest.approx(sum(expected) / 2, abs=1e-6)
+
+
+@torch.no_grad()
+def distribution(policy, text, tokens, guidance, temperature) -> list[list[float]]:
+    """Probabilities of each code at each place, by stepping through all of it by hand."""
+    conditional = policy.logits([text], tokens)[0]
+    unconditional = policy.logits([text], tokens, unconditional=True)[0]
+    logits = (unconditional + guidance * (conditional - unconditional)) / temperature
+    return logits.softmax(-1).tolist()
+
+
+def test_divergence_is_that_of_the_whole_image_on_average(module, tmp_path):
+    """Summed over places and averaged over images it is KL of the images: all 32^4 are too many,
+    but the sampled mean of log-ratios has the same expectation."""
+    disturb(module, 0.05)
+    prompts = [Prompt("a red circle", index=index) for index in range(400)]
+    evaluation = evaluation_of(tmp_path, kl_images=400, batch_size=200)
+    divergence = evaluation._divergence(module, prompts)
+    tokens, logprobs = module.draw(prompts, 1, "evaluation")
+    with module.start_weights() as base, torch.no_grad():
+        texts = [prompt.text for prompt in prompts]
+        parts = [base.logits(texts, tokens), base.logits(texts, tokens, unconditional=True)]
+    logits = parts[1] + module.guidance * (parts[0] - parts[1])
+    before = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    ratios = (logprobs - before).mean(1)
+    error = ratios.std().item() / math.sqrt(len(ratios))
+    assert divergence == pytest.approx(ratios.mean().item(), abs=4 * error)
+    assert divergence > 4 * error
+
+
+def test_the_policy_is_itself_again_after_an_evaluation(module, tmp_path):
+    disturb(module)
+    before = {name: w.clone() for name, w in module.state_dict().items()}
+    random_state = torch.get_rng_state()
+    evaluation_of(tmp_path).evaluate(module, 1)
+    assert all(torch.equal(w, before[name]) for name, w in module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+# In the loop ------------------------------------------------------------------------------------
+
+
+def test_start_middle_and_end_are_scored_and_the_table_printed(tiny_janus, tmp_path, capsys):
+    module = make_grpo(tiny_janus, images_budget=40, optimizer=sgd(5.0))
+    evaluation = evaluation_of(tmp_path, every_n_updates=2)
+    asked = []
+    evaluate = evaluation.evaluate
+    evaluation.evaluate = lambda m, images: (
+        asked.append((m.rollouts, images)) or evaluate(m, images)
+    )
+    trainer = fit(module, tmp_path, evaluation)
+    assert asked == [(0, 2), (2, 2), (4, 2), (5, 3)]
+    rows = trainer.logger.rows
+    assert rows[0]["val/kl_to_base"] == pytest.approx(0, abs=1e-9)
+    assert rows[5]["val/kl_to_base"] > 1e-3
+    assert trainer.callback_metrics["val/ood/mean"].item() == pytest.approx(rows[5]["val/ood/mean"])
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    start, end = rows[0]["val/id/near/color"], rows[5]["val/id/near/color"]
+    assert ["id/near/color", f"{start:.3f}", f"{end:.3f}", f"{end - start:+.3f}"] in table
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 3}, {"max_steps": 2}])
+def test_a_run_that_is_stopped_early_is_scored_at_its_end(tiny_janus, tmp_path, limits):
+    module = make_grpo(tiny_janus, images_budget=80)
+    rows = fit(module, tmp_path, evaluation_of(tmp_path, every_n_updates=2), **limits).logger.rows
+    assert "val/ood/mean" in rows[limits["max_steps"]]
+
+
+def test_two_of_them_keep_their_own_scores_in_a_checkpoint(tmp_path):
+    file = write_rows(tmp_path)
+    one = SuiteEvaluation([Suite("one", "id", [file], Brightness())])
+    two = SuiteEvaluation([Suite("two", "id", [file], Brightness())])
+    assert one.state_key != two.state_key
+    one.first, one.last, one.last_step = {"val/id/mean": 0.5}, {"val/id/mean": 0.75}, 7
+    two.load_state_dict(one.state_dict())
+    assert (two.first, two.last, two.last_step) == (one.first, one.last, 7)
+
+
+def test_table():
+    first, last = {"val/id/mean": 0.5}, {"val/id/mean": 0.75, "val/gap": 0.1}
+    lines = [line.split() for line in format_table(first, last).splitlines()]
+    assert lines == [
+        ["start", "end", "change"],
+        ["id/mean", "0.500", "0.750", "+0.250"],
+        ["gap", "nan", "0.100", "+nan"],
+    ]
+    assert format_table({}, last).split() == ["score", "id/mean", "0.750", "gap", "0.100"]
+
+
+# Mistakes ---------------------------------------------------------------------------------------
+
+
+def test_suites_need_names_of_their_own(tmp_path):
+    suite = Suite("same", "id", [write_rows(tmp_path)], Brightness())
+    for suites in ([], [suite, suite]):
+        with pytest.raises(ValueError, match="expected suites"):
+            SuiteEvaluation(suites)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_missing_facts_stop_a_run_before_weights_load(tiny_janus, tmp_path, monkeypatch, own):
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    suite = Suite("near", "id", [write_rows(tmp_path)], Marked() if own else None)
+    module = make_grpo(tiny_janus, Brightness() if own else Marked())
+    if not own:
+        monkeypatch.setattr(PromptData, "check_facts", lambda *args: None)
+    with pytest.raises(ValueError, match=r"held_out.jsonl:1: expected the facts \['mark'\]"):
+        fit(module, tmp_path, SuiteEvaluation([suite]))
+
+
+def test_a_suite_without_a_scorer_takes_the_training_reward(module, tmp_path):
+    file = write_rows(tmp_path)
+    own = SuiteEvaluation([Suite("near", "id", [file], Brightness())]).evaluate(module, 2)
+    assert SuiteEvaluation([Suite("near", "id", [file])]).evaluate(module, 2) == own
+
+
+def test_a_module_without_a_reward_needs_one_in_the_suite(tiny_janus, tmp_path):
+    suite = Suite("near", "id", [write_rows(tmp_path)])
+    trainer = make_trainer(tmp_path, SuiteEvaluation([suite]))
+    with pytest.raises(ValueError, match="suite near got no reward and SFTModule trains on none"):
+        trainer.validate(SFTModule(make_policy(tiny_janus)), verbose=False)

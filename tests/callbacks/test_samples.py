@@ -1,0 +1,139 @@
+"""The grid of pictures: what is on it, and when it is drawn."""
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cotgen_pl.callbacks.samples import SampleGrid, draw_grid, log_picture
+from cotgen_pl.interfaces import Prompt
+from cotgen_pl.modules.sft import SFTModule
+from tests.toys import (
+    Brightness,
+    Fixed,
+    Memory,
+    fit,
+    make_grpo,
+    make_policy,
+    make_trainer,
+    sgd,
+    write_prompts,
+)
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+# The sheet --------------------------------------------------------------------------------------
+
+
+def test_pictures_are_enlarged_and_stand_in_their_rows():
+    images = torch.zeros(4, 3, 4, 4)
+    for number in range(4):
+        images[number, :, 0, 0] = number / 4
+        images[number, 0] = 1.0
+    sheet = pixels(draw_grid(images, [Prompt("p")] * 4, torch.zeros(4), columns=2))
+    side = 144  # 36 times 4
+    top, left = 6, 6
+    assert (sheet[top + 40 : top + side, left : left + side] == [255, 0, 0]).all()
+    right = left + side + 6
+    assert (sheet[top, right] == [255, 64, 64]).all()  # the second picture's first pixel
+    below = sheet.shape[0] - (sheet.shape[0] - 6) // 2
+    assert (sheet[below : below + 10, left] == [255, 128, 128]).all()
+    assert sheet.shape[1] == 6 + 2 * (side + 6)
+
+
+def test_prompt_and_score_are_written_under_each_picture():
+    images = torch.ones(2, 3, 4, 4)
+
+    def below(text: str, score: float) -> np.ndarray:
+        sheet = draw_grid(images, [Prompt(text)] * 2, torch.full((2,), score), columns=2)
+        return pixels(sheet)[6 + 144 :]
+
+    plain = below("one cat", 0.25)
+    assert (plain < 128).any()  # ink
+    for other in (below("one cow", 0.25), below("one cat", 0.75)):
+        assert other.shape == plain.shape and (other != plain).any()
+    assert np.array_equal(plain, below("one cat", 0.25))
+    longer = below("a very long prompt that runs over several lines below its picture", 0.25)
+    assert longer.shape[0] > plain.shape[0]
+
+
+def test_large_pictures_keep_their_size():
+    sheet = draw_grid(torch.rand(1, 3, 200, 200), [Prompt("p")], torch.zeros(1), columns=1)
+    assert sheet.width == 200 + 2 * 6
+
+
+# In the loop ------------------------------------------------------------------------------------
+
+
+def grid_of(folder, **arguments) -> SampleGrid:
+    settings = {"num_prompts": 3, "images_per_prompt": 2, "every_n_updates": 2}
+    return SampleGrid([write_prompts(folder)], **(settings | arguments))
+
+
+def test_start_middle_and_end_are_drawn_with_the_same_noise(tiny_janus, tmp_path):
+    logger = TensorBoardLogger(tmp_path, "", "")
+    module = make_grpo(tiny_janus, images_budget=24, optimizer=sgd(0.0))
+    fit(module, tmp_path, grid_of(tmp_path), logger=[Memory(), logger])
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000002.png", "000003.png"]
+    start, *later = (pixels(Image.open(file)) for file in files)
+    assert start.shape == (3 * (start.shape[0] - 6) // 3 + 6, 2 * (144 + 6) + 6, 3)
+    assert all(np.array_equal(start, other) for other in later)  # nothing was learnt
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    logged = events.Images("samples")
+    assert [(picture.step, picture.width) for picture in logged] == [
+        (step, start.shape[1]) for step in (0, 2, 3)
+    ]
+
+
+def test_pictures_change_as_the_policy_does(tiny_janus, tmp_path):
+    fit(make_grpo(tiny_janus, images_budget=16, optimizer=sgd(50.0)), tmp_path, grid_of(tmp_path))
+    start, end = (pixels(Image.open(tmp_path / f"samples/{step:06d}.png")) for step in (0, 2))
+    assert (start != end).any()
+
+
+def test_its_own_reward_is_the_one_drawn(tiny_janus, tmp_path):
+    sheets = []
+    for reward in (None, Fixed([0.125])):
+        fit(make_grpo(tiny_janus), tmp_path, grid_of(tmp_path, reward=reward))
+        sheets.append(pixels(Image.open(tmp_path / "samples/000000.png")))
+    assert (sheets[0] != sheets[1]).any()
+
+
+def test_prompts_are_spread_over_the_files(tmp_path):
+    grid = SampleGrid([write_prompts(tmp_path, tuple("abcdef"))], num_prompts=3)
+    assert [(prompt.text, prompt.index) for prompt in grid.prompts] == [
+        ("a", 0),
+        ("c", 2),
+        ("e", 4),
+    ]
+    few = SampleGrid([write_prompts(tmp_path, tuple("ab"))], num_prompts=6)
+    assert [prompt.text for prompt in few.prompts] == ["a", "b"]
+
+
+def test_a_module_without_a_reward_needs_one_here(tiny_janus, tmp_path):
+    module = SFTModule(make_policy(tiny_janus))
+    module.configure_model()
+    module.trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="SampleGrid got no reward"):
+        grid_of(tmp_path).show(module.trainer, module)
+    grid_of(tmp_path, reward=Brightness()).show(module.trainer, module)
+    assert (tmp_path / "samples/000000.png").exists()
+
+
+def test_a_logger_with_log_image_gets_pictures():
+    class Takes(Memory):
+        def log_image(self, key, images, step):
+            self.rows[step][key] = images
+
+    taker, other = Takes(), Memory()
+    picture = Image.new("RGB", (3, 2))
+    log_picture(taker, "samples", picture, 5)
+    log_picture(other, "samples", picture, 5)
+    assert taker.rows[5]["samples"] == [picture] and not other.rows

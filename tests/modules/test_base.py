@@ -1,0 +1,166 @@
+"""What all training modules share: noise, start weights, precision, checkpoints."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tests.toys import (
+    Snapshots,
+    fit,
+    make_grpo,
+    make_policy,
+    make_trainer,
+    numbered_prompts,
+)
+
+
+@pytest.fixture
+def module(tiny_janus):
+    module = make_grpo(tiny_janus)
+    module.configure_model()
+    return module
+
+
+# Noise ------------------------------------------------------------------------------------------
+
+
+def test_more_copies_begin_with_the_same_ones(module):
+    prompts = numbered_prompts(2)
+    few, _ = module.draw(prompts, 2, "evaluation")
+    many, _ = module.draw(prompts, 4, "evaluation")
+    later, _ = module.draw(prompts, 2, "evaluation", first_copy=2)
+    many = many.view(2, 4, -1)
+    assert torch.equal(few.view(2, 2, -1), many[:, :2])
+    assert torch.equal(later.view(2, 2, -1), many[:, 2:])
+    assert not torch.equal(few.view(2, 2, -1), many[:, 2:])
+
+
+def test_images_do_not_depend_on_the_batch_that_they_are_drawn_in(module):
+    prompts = numbered_prompts(4)
+    together, _ = module.draw(prompts, 3, "evaluation")
+    alone = [module.draw([prompt], 3, "evaluation")[0] for prompt in reversed(prompts)]
+    assert torch.equal(together, torch.cat(alone[::-1]))
+
+
+def test_only_rollouts_get_new_noise_as_training_goes_on(module):
+    prompts = numbered_prompts(2)
+    drawn = {}
+    for rollout in (0, 1):
+        module.rollouts = rollout
+        for stream in ("rollout", "evaluation", "samples"):
+            drawn[rollout, stream] = module.draw(prompts, 4, stream)[0]
+    assert not torch.equal(drawn[0, "rollout"], drawn[1, "rollout"])
+    assert torch.equal(drawn[0, "evaluation"], drawn[1, "evaluation"])
+    assert torch.equal(drawn[0, "samples"], drawn[1, "samples"])
+    assert not torch.equal(drawn[0, "evaluation"], drawn[0, "samples"])
+
+
+def test_seed_index_and_occurrence_key_the_noise(module, tiny_janus):
+    def draw(seed=0, **changes):
+        other = make_grpo(tiny_janus, seed=seed, policy=module.policy)
+        prompt = numbered_prompts(1)[0]
+        for name, value in changes.items():
+            setattr(prompt, name, value)
+        return other.draw([prompt], 8, "rollout")[0]
+
+    assert torch.equal(draw(), draw())
+    for changed in (draw(seed=1), draw(index=5), draw(occurrence=1)):
+        assert not torch.equal(draw(), changed)
+
+
+def test_the_policy_sees_the_generation_text(module):
+    plain, rewritten = numbered_prompts(1)[0], numbered_prompts(1)[0]
+    rewritten.text, rewritten.generation_text = "something else", plain.text
+    assert torch.equal(
+        module.draw([plain], 4, "rollout")[0], module.draw([rewritten], 4, "rollout")[0]
+    )
+
+
+def test_predict_draws_one_picture_of_each_prompt(module):
+    pictures = module.predict_step(numbered_prompts(3), 0)
+    assert pictures.shape == (3, 3, 4, 4)
+    assert pictures.min() >= 0 and pictures.max() <= 1
+
+
+# Weights ----------------------------------------------------------------------------------------
+
+
+def test_start_weights_last_as_long_as_the_context(module):
+    trained = module._trained()
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(1.0)
+    with pytest.raises(RuntimeError, match="inside"), module.start_weights() as policy:
+        assert policy is module.policy
+        assert all(torch.equal(start[name], p) for name, p in module._trained().items())
+        raise RuntimeError("inside")
+    assert all(torch.equal(start[name] + 1.0, p) for name, p in module._trained().items())
+
+
+def test_only_what_trains_gets_an_optimizer(module):
+    optimizer = module.configure_optimizers()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in module.policy.parameters() if p.requires_grad}
+    assert 0 < len(held) < len(list(module.policy.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_spoiling_precisions_are_refused_before_weights_load(tiny_janus, tmp_path, precision):
+    module = make_grpo(tiny_janus)
+    with pytest.raises(ValueError, match=f"one of 32-true, .*, got {precision}; bf16-mixed"):
+        fit(module, tmp_path, precision=precision)
+    assert module.policy.model is None
+
+
+def test_half_precision_with_scaling_is_refused(module):
+    module._trainer = SimpleNamespace(precision="16-mixed")  # Lightning has it on a GPU only
+    with pytest.raises(ValueError, match="got 16-mixed"):
+        module.setup("fit")
+
+
+# Checkpoints ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tiny_janus, tmp_path):
+    """The path of a checkpoint of two rollouts with a KL term, and the weights at its time."""
+    kept = Snapshots()
+    writer = ModelCheckpoint(tmp_path, filename="end", every_n_train_steps=2)
+    momentum = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)  # noqa: E731  # one use
+    module = make_grpo(tiny_janus, kl_coef=0.1, images_budget=16, optimizer=momentum)
+    fit(module, tmp_path, kept, writer)
+    return tmp_path / "end.ckpt", kept.weights[-1]
+
+
+def test_checkpoint_holds_what_trains_and_nothing_else(tiny_janus, checkpoint):
+    path, weights = checkpoint
+    content = torch.load(path, weights_only=True)
+    policy = make_policy(tiny_janus).load()
+    trained = {f"policy.{name}" for name, p in policy.named_parameters() if p.requires_grad}
+    assert content["state_dict"].keys() == trained
+    assert all(torch.equal(weight, weights[name]) for name, weight in content["state_dict"].items())
+    assert len(content["optimizer_states"][0]["state"]) == len(trained)
+    assert content["progress"] == {"images_sampled": 16, "rollouts": 2}
+    assert content["random_state"].dtype == torch.uint8
+
+
+def test_checkpoint_brings_weights_and_counters_back(tiny_janus, tmp_path, checkpoint):
+    path, weights = checkpoint
+    module = make_grpo(tiny_janus, kl_coef=0.1)
+    make_trainer(tmp_path).validate(module, ckpt_path=str(path), verbose=False)
+    assert (module.images_sampled, module.rollouts) == (16, 2)
+    assert all(torch.equal(w, weights[name]) for name, w in module.state_dict().items())
+    start = make_policy(tiny_janus).load().state_dict()
+    reference = module.reference.state_dict()
+    assert all(torch.equal(start[name], reference[name]) for name in start)
+
+
+def test_checkpoint_of_another_trained_part_is_refused(tiny_janus, tmp_path, checkpoint):
+    path, weights = checkpoint
+    module = make_grpo(tiny_janus, policy=make_policy(tiny_janus, trains="generation"))
+    message = f"holds {len(weights)} trained weights, .*; use the configuration that wrote it"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path).validate(module, ckpt_path=str(path), verbose=False)

@@ -1,0 +1,356 @@
+"""The command line: runs, resumed runs, validation, and what it says to mistakes."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cotgen_pl.policies.janus import JanusPolicy
+from tests.toys import write_prompts
+from tools.main import main
+
+BUDGET, PER_UPDATE = 48, 8  # six rollouts
+CLOCK = {"perf/images_per_s", "perf/peak_memory_gb"}  # with perf/*_s, what two equal runs differ in
+CALLBACKS = "lightning.pytorch.callbacks"
+
+
+def piece(class_path: str, **init_args: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": init_args}
+
+
+def settings_of(tiny_janus: Path, folder: Path) -> dict[str, Any]:
+    """Six rollouts of two updates, evaluated at every second one, checkpoint at 2, 4 and 6."""
+    files = [vars(write_prompts(folder)) | {"category": "all"}]
+    suite = {"files": files, "reward": piece("tests.toys.Brightness")}
+    evaluation = piece(
+        "cotgen_pl.callbacks.evaluation.SuiteEvaluation",
+        suites=[suite | {"name": "a", "domain": "id"}, suite | {"name": "b", "domain": "ood"}],
+        every_n_updates=2,
+    )
+    checkpoint = {"every_n_train_steps": 4}  # optimizer steps: two rollouts
+    return {
+        "seed_everything": 3,
+        "trainer": {
+            "default_root_dir": str(folder / "run"),
+            "accelerator": "cpu",
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "callbacks": [
+                evaluation,
+                piece("cotgen_pl.callbacks.samples.SampleGrid", files=files, every_n_updates=2),
+                piece("cotgen_pl.callbacks.export.HuggingFaceExport"),
+                piece(f"{CALLBACKS}.ModelCheckpoint", save_last=True, save_top_k=-1, **checkpoint),
+                piece(
+                    f"{CALLBACKS}.ModelCheckpoint",
+                    filename="best",
+                    monitor="val/ood/mean",
+                    mode="max",
+                    **checkpoint,
+                ),
+            ],
+        },
+        "model": piece(
+            "cotgen_pl.modules.grpo.GRPOModule",
+            policy=piece("cotgen_pl.policies.janus.JanusPolicy", path=str(tiny_janus)),
+            reward=piece("tests.toys.NoisyBrightness"),
+            optimizer=piece("torch.optim.SGD", lr=0.5, momentum=0.9, weight_decay=0.0),
+            lr_scheduler=piece("torch.optim.lr_scheduler.StepLR", step_size=3, gamma=0.5),
+            guidance=2.0,
+            images_budget=BUDGET,
+            images_per_update=PER_UPDATE,
+            updates_per_rollout=2,
+            kl_coef=0.1,
+        ),
+        "data": piece("cotgen_pl.data.prompts.PromptData", files=files),
+    }
+
+
+def fit(settings: dict[str, Any], folder: Path, *arguments: str) -> Path:
+    """Run `fit` into a folder and give it back."""
+    config = folder.parent / f"{folder.name}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    main(["fit", "--config", str(config), "--trainer.default_root_dir", str(folder), *arguments])
+    return folder
+
+
+def read_metrics(folder: Path) -> list[tuple[str, ...]]:
+    """Step, metric and value of all rows that do not depend on the clock, in the file's order."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    assert header == ["run", "step", "metric", "value"]
+    assert {run for run, *_ in rows} == {folder.name}
+    return [tuple(rest) for _, *rest in rows if not depends_on_the_clock(rest[1])]
+
+
+def depends_on_the_clock(metric: str) -> bool:
+    return metric in CLOCK or (metric.startswith("perf/") and metric.endswith("_s"))
+
+
+def read_checkpoint(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:
+    content = torch.load(folder / "checkpoints" / name, weights_only=True)
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "progress", "random_state")
+    return {key: content[key] for key in kept} | {"global_step": content["global_step"]}
+
+
+def assert_same(one: Any, two: Any, place: str = "") -> None:
+    """Bit for bit, through nested dicts and lists."""
+    assert type(one) is type(two), place
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), place
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), place
+        for key in one:
+            assert_same(one[key], two[key], f"{place}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), place
+        for number, (left, right) in enumerate(zip(one, two, strict=True)):
+            assert_same(left, right, f"{place}/{number}")
+    else:
+        assert one == two, place
+
+
+@pytest.fixture(scope="module")
+def run(tiny_janus, tmp_path_factory):
+    """The settings, and the folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("command_line")
+    settings = settings_of(tiny_janus, folder)
+    return settings, fit(settings, folder / "run")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# A run ------------------------------------------------------------------------------------------
+
+
+EXPECTED_METRICS = {
+    "train/reward",
+    "train/reward_std",
+    "train/rewards/noisy/mean",
+    "train/rewards/noisy/std",
+    "train/frac_reward_zero_std",
+    "train/frac_no_verdict",
+    "train/kl",
+    "train/entropy",
+    "train/clip_ratio/low_mean",
+    "train/clip_ratio/low_min",
+    "train/clip_ratio/high_mean",
+    "train/clip_ratio/high_max",
+    "train/clip_ratio/region_mean",
+    "train/sampling/sampling_logp_difference/mean",
+    "train/sampling/sampling_logp_difference/max",
+    "train/sampling/importance_sampling_ratio/min",
+    "train/sampling/importance_sampling_ratio/mean",
+    "train/sampling/importance_sampling_ratio/max",
+    "train/grad_norm",
+    "train/learning_rate",
+    "train/policy_loss",
+    "train/loss",
+    "perf/rollout_s",
+    "perf/reward_s",
+    "perf/reference_s",
+    "perf/replay_s",
+    "perf/update_s",
+    "perf/images_per_s",
+    "perf/images_sampled",
+    "perf/peak_memory_gb",
+}
+EXPECTED_SCORES = {
+    "val/id/a/all",
+    "val/id/a/mean",
+    "val/id/mean",
+    "val/ood/b/all",
+    "val/ood/b/mean",
+    "val/ood/mean",
+    "val/gap",
+    "val/kl_to_base",
+}
+
+
+def test_all_metrics_reach_the_file_and_tensorboard(run):
+    _, folder = run
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    keys = [(int(step), metric) for _, step, metric, _ in rows]
+    assert len(keys) == len(set(keys))
+    steps = range(1, BUDGET // PER_UPDATE + 1)
+    assert {(step, metric) for step in steps for metric in EXPECTED_METRICS} <= set(keys)
+    assert {(step, metric) for step in (0, 2, 4, 6) for metric in EXPECTED_SCORES} <= set(keys)
+    values = {(int(step), metric): float(value) for _, step, metric, value in rows}
+    assert [values[step, "perf/images_sampled"] for step in steps] == [8, 16, 24, 32, 40, 48]
+    assert all(values[step, "perf/peak_memory_gb"] > 0.05 for step in steps)
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    assert set(events.Tags()["scalars"]) >= EXPECTED_METRICS | EXPECTED_SCORES
+    scalars = {event.step: event.value for event in events.Scalars("train/reward")}
+    assert scalars == pytest.approx({s: values[s, "train/reward"] for s in steps}, rel=1e-6)
+    pictures = events.Images("samples")
+    assert [picture.step for picture in pictures] == [0, 2, 4, 6]
+    assert pictures[0].width > 4 * 144
+
+
+def test_the_run_folder_has_all_that_a_run_leaves(run):
+    _, folder = run
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    expected = {"config.yaml", "metrics.csv", "exported/model.safetensors", "samples/000006.png"}
+    checkpoints = {"last.ckpt", "best.ckpt", *(f"epoch=0-step={n}.ckpt" for n in (2, 4, 6))}
+    assert found >= expected | {f"checkpoints/{name}" for name in checkpoints}
+    assert any("tfevents" in name for name in found)
+
+
+def test_the_saved_configuration_runs_again_and_gives_the_same_metrics(run, tmp_path, capsys):
+    """Same run twice, and from the file that has everything inlined."""
+    _, folder = run
+    again = tmp_path / "run"
+    config = ["--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(again)]
+    before = snapshot(folder)
+    main(["fit", *config])
+    assert snapshot(folder) == before
+    assert read_metrics(again) == read_metrics(folder)
+    assert_same(read_checkpoint(again), read_checkpoint(folder))
+    printed = capsys.readouterr().out
+    assert f"run folder: {again}" in printed
+    assert f"tensorboard --logdir {again}" in printed
+    assert f"exported model: {again / 'exported'}" in printed
+    assert "kl_to_base" in printed and "start     end   change" in printed
+
+
+def test_a_folder_that_holds_a_run_is_refused(run, monkeypatch):
+    settings, folder = run
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    before = snapshot(folder)
+    with pytest.raises(ValueError, match="holds a run already; go on with it by --ckpt_path last"):
+        fit(settings, folder)
+    assert snapshot(folder) == before
+
+
+# Resumed runs -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_broke_down_goes_on_bit_for_bit(run, tmp_path, capsys):
+    settings, whole = run
+    folder = tmp_path / "run"
+    stop = piece("tests.toys.StopAt", rollout=4)  # one rollout behind the last checkpoint
+    trainer = settings["trainer"]
+    broken = {**settings, "trainer": {**trainer, "callbacks": [*trainer["callbacks"], stop]}}
+    with pytest.raises(RuntimeError, match="the machine went down"):
+        fit(broken, folder)
+    assert {step for step, *_ in read_metrics(folder)} == {"0", "1", "2", "3"}
+    assert read_checkpoint(folder)["progress"]["rollouts"] == 2
+    capsys.readouterr()
+    fit(settings, folder, "--ckpt_path", "last")
+    assert_same(read_checkpoint(folder), read_checkpoint(whole))
+    assert read_metrics(folder) == read_metrics(whole)
+    assert (folder / "samples/000006.png").read_bytes() == (
+        whole / "samples/000006.png"
+    ).read_bytes()
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "id/a/all" in line]
+    start = {(step, metric): value for step, metric, value in read_metrics(whole)}
+    first, last = (float(start[step, "val/id/a/all"]) for step in ("0", "6"))
+    assert table == [["id/a/all", f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"]]
+
+
+@pytest.mark.parametrize("name", ["epoch=0-step=4.ckpt", "best.ckpt"])
+def test_any_checkpoint_of_a_run_goes_on_bit_for_bit(run, tmp_path, name):
+    settings, whole = run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    fit(settings, folder, "--ckpt_path", str(folder / "checkpoints" / name))
+    assert_same(read_checkpoint(folder), read_checkpoint(whole))
+    assert read_metrics(folder) == read_metrics(whole)
+
+
+def test_going_on_with_a_finished_run_changes_no_number(run, tmp_path):
+    settings, whole = run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    fit(settings, folder, "--ckpt_path", "last")
+    assert_same(read_checkpoint(folder), read_checkpoint(whole))
+    assert read_metrics(folder) == read_metrics(whole)
+
+
+# Validation -------------------------------------------------------------------------------------
+
+
+def test_validate_scores_checkpoints_and_exported_folders(run, tmp_path, capsys):
+    settings, folder = run
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    before = snapshot(folder)
+    exported = str(folder / "exported")
+    ends = {
+        "checkpoint": ["--ckpt_path", str(folder / "checkpoints/last.ckpt")],
+        "last": ["--ckpt_path", "last"],
+        "exported": ["--model.init_args.policy.init_args.path", exported],
+        "start": [],
+    }
+    tables = {}
+    for name, arguments in ends.items():
+        capsys.readouterr()
+        main(["validate", "--config", str(config), *arguments])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        tables[name] = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert snapshot(folder) == before
+    values = {(s, m): float(v) for s, m, v in read_metrics(folder)}
+    scores = {metric for step, metric in values if step == "6" and metric.startswith("val/")}
+    assert scores >= EXPECTED_SCORES
+    expected = {m.removeprefix("val/"): f"{values['6', m]:.3f}" for m in scores}
+    assert tables["checkpoint"] == tables["last"] == expected
+    assert tables["exported"] == expected | {"kl_to_base": "0.000"}  # it is its own start
+    assert tables["start"]["id/mean"] != expected["id/mean"]
+
+
+# Mistakes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model.class_path", "cotgen_pl.modules.grpo.Nothing"],
+            "cotgen_pl.modules.grpo.Nothing",
+        ),
+        (["--model.init_args.group_sise", "4"], "group_sise"),
+        (["--model.init_args.group_size", "3"], "does not split into groups of 3; set group_size"),
+        (["--model.init_args.guidance", "0.5"], "expected guidance of 1 (none) or more, got 0.5"),
+        (["--model.init_args.dead_groups", "drop"], "dead_groups"),
+        (["--trainer.max_stepz", "3"], "max_stepz"),
+        (["--model.init_args.policy.init_args.path", "./nowhere"], "nowhere, which does not exist"),
+        (["--data.init_args.files", "[{path: EMPTY, format: text}]"], "empty.txt"),
+    ],
+)
+def test_mistakes_are_named_before_weights_load(
+    run, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    (tmp_path / "empty.txt").write_text("")
+    arguments = [text.replace("EMPTY", str(tmp_path / "empty.txt")) for text in arguments]
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        fit(run[0], tmp_path / "run", *arguments)
+    assert message in capsys.readouterr().err + str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_one_line_in_a_terminal(run, repository, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run[0]))
+    command = [sys.executable, str(repository / "tools/main.py"), "fit", "--config", str(config)]
+    done = subprocess.run(
+        [*command, "--trainer.precision", "bf16-true", "--trainer.default_root_dir", "elsewhere"],
+        cwd=tmp_path,
+        env={"PATH": "", "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: expected trainer.precision to be one of")
+    assert "Traceback" not in done.stderr
