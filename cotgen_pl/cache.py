@@ -5,6 +5,7 @@ Kept apart from the policies because it serves any language model of transformer
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ class StaticCache(Cache):
         for own, read in zip(self.layers, prefix.layers, strict=True):
             assert isinstance(own, _StaticLayer)
             own.start(_keys(read)[index], _values(read)[index])
+
+
+@dataclass
+class Decoding:
+    """Where a batch of images stands while it is drawn."""
+
+    memory: StaticCache
+    mask: Tensor  # [R, prefix + T] bool, False on left padding
+    guided: bool
 
 
 class _StaticLayer(CacheLayerMixin):

@@ -5,10 +5,24 @@ Kept apart from the policies because it serves any model of transformers.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+# README and demo/app_januspro.py of github.com/deepseek-ai/Janus at 1daa72f: no system prompt, the
+# assistant's turn empty, no blank behind it.
+TEMPLATES = {
+    "janus": "User: {prompt}\n\nAssistant:",
+    "janus_pro": "<|User|>: {prompt}\n\n<|Assistant|>:",
+}
+
+
+def expand_home(path: str) -> str:
+    """Put the home folder in place of a leading `~`; hub ids and other paths stay as they are."""
+    # Not by Path: it drops the dot of "./models/janus", which then reads as a hub id.
+    return os.path.expanduser(path)
 
 
 def read_config(path: str, kind: type[PreTrainedConfig], example: str) -> Any:
@@ -113,3 +127,17 @@ def read_weights(path: str, kind: type[PreTrainedModel], **settings: Any) -> Any
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def recognise_template(processor: Any, path: str) -> Literal["janus", "janus_pro"]:
+    """The known template that the checkpoint's own chat template renders."""
+    probe = [{"role": "user", "content": [{"type": "text", "text": "a dog"}]}]
+    if processor.chat_template:
+        drawn = processor.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
+        for name in ("janus", "janus_pro"):
+            if drawn.strip() == TEMPLATES[name].format(prompt="a dog"):
+                return name
+    raise ValueError(
+        f"expected {path} to carry the chat template of Janus or Janus-Pro, got another or none; "
+        "name the form that the checkpoint was trained with: template: janus_pro or template: janus"
+    )

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,8 @@ class Policy(nn.Module, ABC):
     """T, image tokens per image."""
     codebook_size: int
     """V, image codes."""
+    merges_exactly: bool = True
+    """Whether adapters merge into the weights without loss; quantised weights do not take them."""
 
     @abstractmethod
     def load(self) -> Policy:
@@ -125,6 +127,10 @@ class Policy(nn.Module, ABC):
     def describe(self) -> dict[str, Any]:
         """What was found out rather than configured, for the run folder: JSON values."""
         return {}
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise a ValueError for a text that cannot be drawn, before weights load."""
+        return
 
     @abstractmethod
     def prefill(
@@ -209,13 +215,37 @@ def freeze(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False)
 
 
-def check_scores(scores: Scores, num_images: int, name: str) -> None:
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raise a ValueError unless a setting is one of a Literal's choices."""
+    if value not in get_args(choices):
+        raise ValueError(f"expected {name} to be one of {get_args(choices)}, got {value!r}")
+
+
+def check_positive(**values: int | None) -> None:
+    """Raise a ValueError that names the first setting below 1; absent ones (None) pass.
+
+    >>> check_positive(batch_size=0)
+    Traceback (most recent call last):
+    ValueError: expected batch_size of 1 or more, got 0; raise it, or leave it out for its default
+    """
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(
+                f"expected {name} of 1 or more, got {value}; raise it, or leave it out for its "
+                "default"
+            )
+
+
+def check_scores(
+    scores: Scores, num_images: int, name: str, *, verdict_needed: bool = True
+) -> None:
     """Raise a ValueError unless a reward's verdict fits the images and says something.
 
     Args:
         scores: The verdict.
         num_images: B.
         name: The reward's name, for the message.
+        verdict_needed: Refuse NaN (no verdict) for all images.
     """
     for part, values in {"total": scores.total, **scores.parts}.items():
         if values.shape != (num_images,):
@@ -223,8 +253,14 @@ def check_scores(scores: Scores, num_images: int, name: str) -> None:
                 f"reward {name}: expected {part} of shape ({num_images},), one score per image, "
                 f"got {tuple(values.shape)}; return Scores with one float per image"
             )
-    if torch.isnan(scores.total).all():
+        if torch.isinf(values).any():
+            raise ValueError(
+                f"reward {name}: expected finite scores or NaN for no verdict, got "
+                f"{values[torch.isinf(values)][0].item()} in {part}; look for a division by 0 or "
+                "a logarithm of 0 in the scorer"
+            )
+    if verdict_needed and torch.isnan(scores.total).all():
         raise ValueError(
-            f"reward {name}: all {num_images} scores are NaN (no verdict): nothing to learn; look at "
-            "the scorer's own output for these prompts before resuming"
+            f"reward {name}: expected scores, got NaN (no verdict) for all {num_images} images; "
+            "look at the scorer's own output for these prompts before resuming"
         )

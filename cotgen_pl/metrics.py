@@ -99,4 +99,4 @@ def peak_memory_gb(device: torch.device) -> float:
     import resource  # Unix alone has it
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # in bytes there, else in kilobytes
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # in bytes there, else in KiB

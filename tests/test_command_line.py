@@ -1,6 +1,8 @@
 """The command line: runs, resumed runs, validation, and what it says to mistakes."""
 
 import csv
+import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import write_prompts
+from tools import build_shapes
 from tools.main import main
 
 BUDGET, PER_UPDATE = 48, 8  # six rollouts
@@ -199,10 +202,13 @@ def test_all_metrics_reach_the_file_and_tensorboard(run):
 def test_the_run_folder_has_all_that_a_run_leaves(run):
     _, folder = run
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    expected = {"config.yaml", "metrics.csv", "exported/model.safetensors", "samples/000006.png"}
+    expected = {"config.yaml", "run.json", "metrics.csv", "samples/000006.png"}
+    expected |= {"exported/model.safetensors"}
     checkpoints = {"last.ckpt", "best.ckpt", *(f"epoch=0-step={n}.ckpt" for n in (2, 4, 6))}
     assert found >= expected | {f"checkpoints/{name}" for name in checkpoints}
     assert any("tfevents" in name for name in found)
+    policy = json.loads((folder / "run.json").read_text())["policy"]
+    assert policy["template"] == "<|User|>: {prompt}\n\n<|Assistant|>:"
 
 
 def test_the_saved_configuration_runs_again_and_gives_the_same_metrics(run, tmp_path, capsys):
@@ -231,6 +237,30 @@ def test_a_folder_that_holds_a_run_is_refused(run, monkeypatch):
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.csv"])
+def test_one_file_of_a_run_is_enough_to_refuse_its_folder(run, tmp_path, monkeypatch, name):
+    settings, whole = run
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    (tmp_path / "run").mkdir()
+    shutil.copy(whole / name, tmp_path / "run" / name)
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(settings, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])
+def test_a_logger_of_the_user_stands_beside_the_metrics_file(run, tmp_path, several):
+    settings, whole = run
+    logger = piece("lightning.pytorch.loggers.CSVLogger", save_dir=str(tmp_path / "other"))
+    trainer = settings["trainer"] | {"logger": [logger] if several else logger}
+    folder = fit(settings | {"trainer": trainer}, tmp_path / "run")
+    assert read_metrics(folder) == read_metrics(whole)
+    assert list((tmp_path / "other").rglob("metrics.csv"))
+    assert (folder / "checkpoints/last.ckpt").exists()
+    assert (folder / "config.yaml").exists()
+    assert not list((tmp_path / "other").rglob("*.ckpt"))
+
+
 # Resumed runs -----------------------------------------------------------------------------------
 
 
@@ -246,6 +276,7 @@ def test_a_run_that_broke_down_goes_on_bit_for_bit(run, tmp_path, capsys):
     assert read_checkpoint(folder)["progress"]["rollouts"] == 2
     capsys.readouterr()
     fit(settings, folder, "--ckpt_path", "last")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"] is None
     assert_same(read_checkpoint(folder), read_checkpoint(whole))
     assert read_metrics(folder) == read_metrics(whole)
     assert (folder / "samples/000006.png").read_bytes() == (
@@ -276,6 +307,44 @@ def test_going_on_with_a_finished_run_changes_no_number(run, tmp_path):
     assert read_metrics(folder) == read_metrics(whole)
 
 
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "predict"])
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("last", r"expected last.ckpt in .*run/checkpoints for --ckpt_path last, got none; name"),
+        ("FOLDER/step.ckpt", r"expected a checkpoint at .*run/step.ckpt, got none; name a file"),
+    ],
+)
+def test_a_missing_checkpoint_is_refused(
+    run, tmp_path, monkeypatch, subcommand, checkpoint, message
+):
+    settings, whole = run
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    folder, config = tmp_path / "run", tmp_path / "run.yaml"
+    folder.mkdir()
+    shutil.copy(whole / "metrics.csv", folder)
+    config.write_text(yaml.safe_dump(settings))
+    before = snapshot(folder)
+    arguments = ["--config", str(config), "--trainer.default_root_dir", str(folder)]
+    with pytest.raises(ValueError, match=message):
+        main([subcommand, *arguments, "--ckpt_path", checkpoint.replace("FOLDER", str(folder))])
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("checkpoint", [None, "last.ckpt"])
+def test_a_build_without_a_checkpoint_starts_afresh(tmp_path, monkeypatch, checkpoint):
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    folder = tmp_path / "base"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "metrics.csv").write_text("run,step,metric,value\n")
+    if checkpoint:
+        (folder / "checkpoints" / checkpoint).write_text("")
+    build_shapes.fine_tune(tmp_path / "vq", folder, 1e-3, 10, 0.0, 0)
+    assert folder.exists() == bool(checkpoint)
+    assert ("--ckpt_path" in commands[0]) == bool(checkpoint)
+
+
 # Validation -------------------------------------------------------------------------------------
 
 
@@ -301,7 +370,8 @@ def test_validate_scores_checkpoints_and_exported_folders(run, tmp_path, capsys)
     values = {(s, m): float(v) for s, m, v in read_metrics(folder)}
     scores = {metric for step, metric in values if step == "6" and metric.startswith("val/")}
     assert scores >= EXPECTED_SCORES
-    expected = {m.removeprefix("val/"): f"{values['6', m]:.3f}" for m in scores}
+    shown = {m for m in scores if not m.endswith("/parts/all")}  # the mean under another name
+    expected = {m.removeprefix("val/"): f"{values['6', m]:.3f}" for m in shown}
     assert tables["checkpoint"] == tables["last"] == expected
     assert tables["exported"] == expected | {"kl_to_base": "0.000"}  # it is its own start
     assert tables["start"]["id/mean"] != expected["id/mean"]
@@ -354,3 +424,40 @@ def test_a_mistake_is_one_line_in_a_terminal(run, repository, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: expected trainer.precision to be one of")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.init_args.group_size", "3"], "images_per_update 8 does not split into groups"),
+        (["--model.init_args.guidance", "0.5"], "expected guidance of 1 (none) or more, got 0.5"),
+        (
+            ["--model.init_args.policy.init_args.path", "./nowhere"],
+            "expected a folder with a janus checkpoint, got",
+        ),
+        (
+            ["--data.init_args.files", "[{path: missing.txt, format: text}]"],
+            "expected a file of prompts at ",
+        ),
+        (["--data.init_args.files", "[{path: bad.jsonl, format: jsonl}]"], "bad.jsonl:1"),
+        (["--ckpt_path", "last"], "expected last.ckpt in"),
+    ],
+)
+def test_a_mistake_in_construction_is_our_sentence_alone(
+    run, repository, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text("{not json")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run[0]))
+    folder = ["--trainer.default_root_dir", "elsewhere"]
+    monkeypatch.setattr(
+        sys, "argv", ["main.py", "fit", "--config", str(config), *folder, *arguments]
+    )
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_path(str(repository / "tools/main.py"), run_name="__main__")
+    said = refusal.value.code
+    assert isinstance(said, str)  # which Python prints, and exits with 1
+    assert said.startswith(f"error: {message}")
+    assert "\n" not in said
+    assert "Given value" not in said

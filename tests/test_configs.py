@@ -60,10 +60,12 @@ def test_janus_pro_trains_with_only_the_weights_replaced(command_line, tiny_janu
     (tmp_path / "hps").mkdir()
     weights = write_small_hps(tmp_path / "hps")
     command_line(
-        ["fit", "--config", "configs/grpo_hps.yaml", "--trainer.max_steps", "2"]
-        + ["--trainer.default_root_dir", str(tmp_path / "run")]
-        + ["--model.init_args.policy.init_args.path", str(tiny_janus)]
-        + ["--model.init_args.reward.init_args.path", str(weights)]
+        [
+            *("fit", "--config", "configs/grpo_hps.yaml", "--trainer.max_steps", "2"),
+            *("--trainer.default_root_dir", str(tmp_path / "run")),
+            *("--model.init_args.policy.init_args.path", str(tiny_janus)),
+            *("--model.init_args.reward.init_args.path", str(weights)),
+        ]
     )
     assert len(read_values(tmp_path / "run", "train/rewards/hps/mean")) == 2
     assert read_values(tmp_path / "run", "perf/images_sampled") == [64, 128]
@@ -75,8 +77,10 @@ def test_janus_pro_trains_with_only_the_weights_replaced(command_line, tiny_janu
 @pytest.mark.parametrize("path", ON_SHAPES, ids=lambda path: path.stem)
 def test_experiments_on_the_shapes_world_run(path, command_line, tmp_path):
     command_line(
-        ["fit", "--config", str(path), "--trainer.max_steps", "2"]
-        + ["--trainer.default_root_dir", str(tmp_path)]
+        [
+            *("fit", "--config", str(path), "--trainer.max_steps", "2"),
+            *("--trainer.default_root_dir", str(tmp_path)),
+        ]
     )
     assert len(read_values(tmp_path, "val/id/mean")) == 2
     assert len(list((tmp_path / "samples").glob("*.png"))) == 2

@@ -1,6 +1,7 @@
 """Metrics of a rollout, by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,15 @@ def test_micro_batches_merge_by_share_and_extremes_as_extremes():
         "clip_ratio/high_max": 4.0,
         "clip_ratio/low_min": -8.0,
     }
+
+
+@pytest.mark.parametrize(("platform", "bytes_each"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_gigabytes_of_1e9_bytes(monkeypatch, platform, bytes_each):
+    usage = SimpleNamespace(ru_maxrss=3_000_000)
+    monkeypatch.setattr("resource.getrusage", lambda who: usage)
+    monkeypatch.setattr("sys.platform", platform)
+    peak = peak_memory_gb(torch.device("cpu"))
+    assert peak == pytest.approx(3_000_000 * bytes_each / 1e9)
 
 
 def test_peak_memory_of_this_process_is_plausible():

@@ -29,17 +29,8 @@ from cotgen_pl.sampling import noise_seed, sample_tokens
 from cotgen_pl.shapes.checkpoint import build_janus, build_tokenizer, save_janus
 from cotgen_pl.shapes.grammar import draw_prompt, has_b_word, has_held_out_pair, write_suites
 from cotgen_pl.shapes.recognise import recognise
-from cotgen_pl.shapes.scorer_training import (
-    BREADTHS,
-    Domain,
-    Kind,
-    Pairs,
-    collect_pairs,
-    draw_prompts,
-    pair_accuracy,
-    save_scorer,
-    train_scorer,
-)
+from cotgen_pl.shapes.scorer_data import Domain, Pairs, collect_pairs, draw_prompts, pair_accuracy
+from cotgen_pl.shapes.scorer_training import BREADTHS, Kind, save_scorer, train_scorer
 from cotgen_pl.shapes.vq_training import BLANK, random_pictures, train_vq
 
 Stage = Literal["prompts", "vq", "base", "scorers", "report"]
@@ -114,10 +105,12 @@ def build_base(work: Path, out: Path, seed: int) -> None:
 def fine_tune(
     start: Path, folder: Path, rate: float, steps: int, wrong_share: float, seed: int
 ) -> None:
-    """One run of configs/sft_shapes.yaml; gone on with if it was left."""
+    """One run of configs/sft_shapes.yaml; gone on with if it was left behind a checkpoint."""
     if (folder / "exported" / "model.safetensors").exists():
         return
     last = folder / "checkpoints" / "last.ckpt"
+    if folder.exists() and not last.exists():
+        shutil.rmtree(folder)
     model = "--model.init_args"
     cycle = f"max_lr: {rate}, total_steps: {steps}, pct_start: 0.05"
     schedule = f"{{class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {{{cycle}}}}}"
@@ -127,6 +120,7 @@ def fine_tune(
         + ["--trainer.default_root_dir", str(folder)]
         + (["--ckpt_path", str(last)] if last.exists() else [])
         + [f"{model}.policy.init_args.path", str(start)]
+        + [f"{model}.policy.init_args.trains", "both"]
         + [f"{model}.policy.init_args.train_text_embedding", "true"]
         + [f"{model}.optimizer.init_args.lr", str(rate), f"{model}.lr_scheduler", schedule]
         + ["--data.init_args.num_batches", str(steps)]

@@ -9,14 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
     LightningCLI,
     SaveConfigCallback,
 )
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import cotgen_pl
 from cotgen_pl.callbacks.export import HuggingFaceExport
@@ -35,13 +37,28 @@ EXPECTED = (
 )
 
 
+# What Lightning resolves by itself, beside `last`.
+RESOLVED_BY_LIGHTNING = ("best", "hpc")
+
+
 class SaveRunConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder, in training alone."""
+    """Writes config.yaml into the run folder, in training alone.
+
+    Once all checks are over: a run that was refused leaves none. Without ckpt_path: a resumed run's
+    file, too, runs again by itself.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the run folder as it is under validate and predict."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Write nothing yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file, from the first process."""
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            config.ckpt_path = None
+            path = Path(trainer.default_root_dir) / self.config_filename
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(config, path, skip_none=False, overwrite=True)
 
 
 class CommandLine(LightningCLI):
@@ -58,24 +75,56 @@ class CommandLine(LightningCLI):
         folder = Path(config.trainer.default_root_dir or ".")
         if self.subcommand != "fit" or config.ckpt_path:
             return
-        if (folder / "metrics.csv").exists():
+        if any((folder / name).exists() for name in ("config.yaml", "metrics.csv")):
             raise ValueError(
                 f"{folder} holds a run already; go on with it by --ckpt_path last, name another "
                 "folder by --trainer.default_root_dir, or remove it"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Put loggers into the run folder, unless the configuration names others.
+        """Put metrics.csv and checkpoints into the run folder, and TensorBoard's file by default.
 
         Not into the configuration: the saved one would lead another run into this folder.
         """
-        config = self.config[self.subcommand].trainer
-        folder = config.default_root_dir or "."
+        trainer = super().instantiate_trainer(logger=self._loggers(), **kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                # Lightning would put them into the folder of the first logger.
+                callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        return trainer
+
+    def _loggers(self) -> list[Logger]:
+        """None but in training: there, the named ones or TensorBoard's, and metrics.csv."""
         if self.subcommand != "fit":
-            kwargs["logger"] = False
-        elif config.logger in (None, True):
-            kwargs["logger"] = [TensorBoardLogger(folder, "", ""), MetricsFile(folder)]
-        return super().instantiate_trainer(**kwargs)
+            return []
+        folder = self.config[self.subcommand].trainer.default_root_dir or "."
+        named = self._get(self.config_init, "trainer").logger
+        if named in (None, True):
+            named = TensorBoardLogger(folder, "", "")
+        loggers = named if isinstance(named, list) else [named] if named else []
+        return [*loggers, MetricsFile(folder)]
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that is not there: Lightning starts over without `last`."""
+        path = self.config[self.subcommand].ckpt_path
+        if path == "last":
+            self._check_last()
+        elif path and path not in RESOLVED_BY_LIGHTNING and not get_filesystem(path).exists(path):
+            raise ValueError(
+                f"expected a checkpoint at {path}, got none; name a file of a run's checkpoints "
+                "folder, or leave out --ckpt_path to begin with the policy's own weights"
+            )
+
+    def _check_last(self) -> None:
+        callbacks = self.trainer.checkpoint_callbacks
+        folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint)]
+        if not any(path for folder in folders for path in folder.glob("last*.ckpt")):
+            names = ", ".join(map(str, dict.fromkeys(folders))) or self.trainer.default_root_dir
+            raise ValueError(
+                f"expected last.ckpt in {names} for --ckpt_path last, got none; name the run's "
+                "folder by --trainer.default_root_dir, a checkpoint by --ckpt_path FILE, or leave "
+                "out --ckpt_path to begin with the policy's own weights"
+            )
 
     def before_fit(self) -> None:
         """Write what was found out rather than configured beside the configuration."""
@@ -111,15 +160,35 @@ def main(args: ArgsType = None) -> CommandLine:
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": True},
         seed_everything_default=0,
         trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
         args=args,
     )
 
 
+def find_mistake(error: ValueError) -> BaseException:
+    """The ValueError of this package inside jsonargparse's, or the error itself without one.
+
+    jsonargparse puts all that it was building around what a constructor raised.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, ValueError) and _raised_here(link):
+            return link
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def _raised_here(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals["__name__"] if trace else ""
+    return module == __name__ or module.partition(".")[0] == cotgen_pl.__name__
+
+
 if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {find_mistake(error)}")

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from cotgen_pl.data.prompts import PromptFile, check_facts, read_prompts
-from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores, freeze
-from cotgen_pl.modules.base import PolicyModule
+from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores, check_positive, freeze
+from cotgen_pl.modules.base import PolicyModule, scorer_of
 from cotgen_pl.sampling import forced_logits
 
 Metrics = dict[str, float]
@@ -64,6 +64,12 @@ class SuiteEvaluation(Callback):
             raise ValueError(
                 f"expected suites with names of their own, got {names}; name each once"
             )
+        check_positive(
+            every_n_updates=every_n_updates,
+            images_per_prompt=images_per_prompt,
+            final_images_per_prompt=final_images_per_prompt,
+            batch_size=batch_size,
+        )
         self.suites, self.every_n_updates = suites, every_n_updates
         self.images_per_prompt = images_per_prompt
         self.final_images_per_prompt = final_images_per_prompt
@@ -76,11 +82,12 @@ class SuiteEvaluation(Callback):
     # When ---------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before weights load, prompts without the facts that their scorer needs."""
+        """Refuse, before weights load, prompts that cannot be drawn or lack a scorer's facts."""
         assert isinstance(pl_module, PolicyModule)
         for suite in self.suites:
-            reward = _scorer(pl_module, suite)
-            check_facts(self.prompts[suite.name], reward.required_facts, type(reward).__name__)
+            prompts, reward = self.prompts[suite.name], _scorer(pl_module, suite)
+            check_facts(prompts, reward.required_facts, type(reward).__name__)
+            pl_module.policy.check_prompts([prompt.drawn_text for prompt in prompts])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the start."""
@@ -103,6 +110,9 @@ class SuiteEvaluation(Callback):
             images = self.final_images_per_prompt if ends else self.images_per_prompt
             metrics = self.evaluate(pl_module, images)
             pl_module.log_dict(metrics, logger=False, batch_size=1)
+        if "val/kl_to_base" in self.last:  # the bar shows what is logged in a step, so in each
+            divergence = self.last["val/kl_to_base"]
+            pl_module.log("kl to base", divergence, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what changed."""
@@ -201,11 +211,17 @@ class SuiteEvaluation(Callback):
 
 
 def format_table(first: Metrics, last: Metrics) -> str:
-    """Scores at the start and at the end, one line per category."""
+    """Scores at the start and at the end, one line per category.
+
+    A part that is the suite's mean under another name, at both times, has no line.
+    """
     lines = (
         [f"{'':44s}{'start':>8s}{'end':>8s}{'change':>9s}"] if first else [f"{'':44s}{'score':>8s}"]
     )
     for name, value in last.items():
+        suite, is_part, _ = name.rpartition("/parts/")
+        if is_part and all(m.get(name) == m.get(f"{suite}/mean") for m in (first, last)):
+            continue
         label = name.removeprefix("val/")
         if first:
             start = first.get(name, float("nan"))
@@ -229,13 +245,7 @@ def _ready(reward: Reward, module: PolicyModule) -> Reward:
 
 
 def _scorer(module: PolicyModule, suite: Suite) -> Reward:
-    reward = suite.reward if suite.reward is not None else getattr(module, "reward", None)
-    if not isinstance(reward, Reward):
-        raise ValueError(
-            f"suite {suite.name} got no reward and {type(module).__name__} trains on none; "
-            "give the suite one: reward: ..."
-        )
-    return reward
+    return scorer_of(module, suite.reward, f"suite {suite.name}")
 
 
 def _draw_and_score(

@@ -15,18 +15,30 @@ class HuggingFaceExport(Callback):
 
     Args:
         folder: Where, inside the run folder.
-        merge_adapters: Merge LoRA adapters into the weights; otherwise they are written alone, for
-            peft.
+        merge_adapters: Merge LoRA adapters into the weights, or write them alone, for peft; absent
+            means merge unless the weights are quantised, which take no merging.
     """
 
-    def __init__(self, folder: str = "exported", merge_adapters: bool = True) -> None:
+    def __init__(self, folder: str = "exported", merge_adapters: bool | None = None) -> None:
         self.folder, self.merge_adapters = folder, merge_adapters
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse before any weights load what the policy could not write at the end."""
+        assert isinstance(pl_module, PolicyModule)
+        check = getattr(pl_module.policy, "check_export", None)
+        if stage == "fit" and check is not None:
+            check(merge_adapters=self._merges(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, from the first process."""
         assert isinstance(pl_module, PolicyModule)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / self.folder
-            pl_module.policy.export(folder, merge_adapters=self.merge_adapters)
+            pl_module.policy.export(folder, merge_adapters=self._merges(pl_module))
             rank_zero_info(f"exported the policy to {folder}")
         trainer.strategy.barrier("export")
+
+    def _merges(self, module: PolicyModule) -> bool:
+        if self.merge_adapters is None:
+            return module.policy.merges_exactly
+        return self.merge_adapters

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cotgen_pl.data.prompts import PromptFile, check_facts, read_prompts
-from cotgen_pl.interfaces import Prompt, Reward, Scores, freeze
-from cotgen_pl.modules.base import PolicyModule
+from cotgen_pl.interfaces import Prompt, Reward, Scores, check_positive, freeze
+from cotgen_pl.modules.base import PolicyModule, scorer_of
 
 SMALLEST_SIDE = (
     144  # pixels of a drawn picture's side; smaller pictures are enlarged without smoothing
@@ -47,6 +47,11 @@ class SampleGrid(Callback):
         images_per_prompt: int = 4,
         every_n_updates: int = 100,
     ) -> None:
+        check_positive(
+            num_prompts=num_prompts,
+            images_per_prompt=images_per_prompt,
+            every_n_updates=every_n_updates,
+        )
         self.reward, self.every_n_updates, self.images_per_prompt = (
             reward,
             every_n_updates,
@@ -57,8 +62,14 @@ class SampleGrid(Callback):
             prompt.index = index
         rows = min(num_prompts, len(prompts))
         self.prompts = [prompts[len(prompts) * row // rows] for row in range(rows)]
-        if reward is not None:
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before weights load, prompts that cannot be drawn or lack a scorer's facts."""
+        assert isinstance(pl_module, PolicyModule)
+        if stage == "fit":  # nothing is drawn elsewhere
+            reward = scorer_of(pl_module, self.reward, type(self).__name__)
             check_facts(self.prompts, reward.required_facts, type(reward).__name__)
+            pl_module.policy.check_prompts([prompt.drawn_text for prompt in self.prompts])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the start."""
@@ -103,11 +114,7 @@ class SampleGrid(Callback):
             log_picture(logger, "samples", grid, module.rollouts)
 
     def _score(self, module: PolicyModule, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        reward = self.reward if self.reward is not None else getattr(module, "reward", None)
-        if not isinstance(reward, Reward):
-            raise ValueError(
-                "SampleGrid got no reward, and this module trains on none; give it one: reward: ..."
-            )
+        reward = scorer_of(module, self.reward, type(self).__name__)
         freeze(reward.load()).to(module.device)
         with torch.autocast(images.device.type, enabled=False):
             return reward.score(images, prompts)

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from cotgen_pl.interfaces import Prompt
+from cotgen_pl.interfaces import Prompt, check_positive
 from cotgen_pl.shapes.grammar import draw_prompt
 from cotgen_pl.shapes.render import render
 from cotgen_pl.shapes.scenes import compose, spoil
@@ -88,8 +88,19 @@ class PictureData(LightningDataModule):
             raise ValueError(
                 f"expected wrong_share in [0, 1], got {wrong_share}; it is a share of the pictures"
             )
+        check_positive(batch_size=batch_size, num_batches=num_batches)
         self.batch_size, self.num_batches = batch_size, num_batches
         self.wrong_share, self.seed = wrong_share, seed
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before weights load, a module that draws its own pictures."""
+        trainer: Any = self.trainer
+        module = trainer.lightning_module
+        if stage == "fit" and hasattr(module, "prompts_per_batch"):
+            raise ValueError(
+                f"expected a module that learns from pictures beside {type(self).__name__}, got "
+                f"{type(module).__name__}, which draws its own; use PromptData, or SFTModule"
+            )
 
     def train_dataloader(self) -> DataLoader[tuple[list[Prompt], Tensor]]:
         """The batches that a resumed run has not seen yet."""

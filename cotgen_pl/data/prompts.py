@@ -188,17 +188,26 @@ class PromptData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before weights load, a run that the prompts do not fit."""
+        trainer: Any = self.trainer
+        if stage == "predict":
+            _check_drawable(trainer.lightning_module, self.predict_prompts)
         if stage != "fit":
             return
-        trainer: Any = self.trainer
         if trainer.max_epochs != 1:
             raise ValueError(
                 f"trainer.max_epochs: expected 1, because the whole run is one epoch, got "
                 f"{trainer.max_epochs}; set it to 1, and the length of the run on the module"
             )
         module = trainer.lightning_module
+        if not hasattr(module, "prompts_per_batch"):
+            raise ValueError(
+                f"expected a module that draws pictures of prompts beside {type(self).__name__}, "
+                f"got {type(module).__name__}, which has no prompts_per_batch; use PictureData, or "
+                "GRPOModule"
+            )
         self.check_facts(module.reward.required_facts, type(module.reward).__name__)
         _check_batches(module.prompts_per_batch, module.num_rollouts, trainer.world_size)
+        _check_drawable(module, self.prompts)
 
     def train_dataloader(self) -> DataLoader[list[Prompt]]:
         """The batches of this process that are still to come."""
@@ -233,6 +242,10 @@ def _normalise(text: str) -> str:
 
 def _number(prompts: Iterable[Prompt]) -> list[Prompt]:
     return [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
+
+
+def _check_drawable(module: Any, prompts: Sequence[Prompt]) -> None:
+    module.policy.check_prompts([prompt.drawn_text for prompt in prompts])
 
 
 def _check_batches(prompts_per_batch: int, num_batches: int, world_size: int) -> None:

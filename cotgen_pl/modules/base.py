@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cotgen_pl.interfaces import Policy, Prompt
+from cotgen_pl.interfaces import Policy, Prompt, Reward
 from cotgen_pl.metrics import MAXIMA, MINIMA
 from cotgen_pl.sampling import check_guidance, noise_seed, sample_tokens
 
@@ -34,7 +34,7 @@ class PolicyModule(LightningModule):
         lr_scheduler: Makes the learning-rate schedule, stepped once per optimizer step.
         guidance: Weight of classifier-free guidance in sampling; 5 in Janus's
             generation_inference.py.
-        temperature: Of sampling, applied after guidance.
+        temperature: Of sampling, above 0, applied after guidance.
         seed: Of all noise. On the command line it is `seed_everything`.
     """
 
@@ -49,6 +49,10 @@ class PolicyModule(LightningModule):
     ) -> None:
         super().__init__()
         check_guidance(guidance)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(
+                f"expected temperature above 0, got {temperature}; 1 samples from the policy itself"
+            )
         self.policy, self.optimizer, self.lr_scheduler = policy, optimizer, lr_scheduler
         self.guidance, self.temperature, self.seed = guidance, temperature, seed
         self.images_sampled = 0
@@ -107,11 +111,17 @@ class PolicyModule(LightningModule):
             for name, parameter in trained.items():
                 parameter.data = now[name]
 
-    def check_finite(self, value: Tensor, name: str) -> None:
-        """Raise a ValueError that names the step unless a loss or norm is a number."""
+    def check_finite(self, value: Tensor, name: str, update: int | None = None) -> None:
+        """Raise a ValueError that names the step unless a loss or norm is a number.
+
+        Args:
+            value: A scalar.
+            name: What it is, for the message.
+            update: Number of the update, from 1; absent means the one after `rollouts`.
+        """
         if not torch.isfinite(value):
             raise ValueError(
-                f"expected a finite {name} in update {self.rollouts + 1} (optimizer step "
+                f"expected a finite {name} in update {update or self.rollouts + 1} (optimizer step "
                 f"{self.global_step + 1}), got {value.item()}; this step was not taken and no "
                 "checkpoint was written: resume from the last one with a smaller learning rate, or "
                 "clip gradients"
@@ -246,3 +256,18 @@ class PolicyModule(LightningModule):
         """Draw one picture of each prompt, [P, 3, H, W] in [0, 1]."""
         tokens, _ = self.draw(prompts, copies=1, stream="predict", **self.predict_sampling)
         return self.policy.decode(tokens)
+
+
+def scorer_of(module: LightningModule, own_reward: Reward | None, who: str) -> Reward:
+    """What a callback scores with: its own reward, else the one that the module trains on.
+
+    Raises:
+        ValueError: There is neither; `who` is named.
+    """
+    reward = own_reward if own_reward is not None else getattr(module, "reward", None)
+    if not isinstance(reward, Reward):
+        raise ValueError(
+            f"{who} got no reward and {type(module).__name__} trains on none; expected one of the "
+            "two: give it its own, reward: ..."
+        )
+    return reward

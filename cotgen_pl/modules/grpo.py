@@ -10,7 +10,17 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from cotgen_pl.interfaces import Policy, Prompt, Reward, Rollout, Scores, check_scores, freeze
+from cotgen_pl.interfaces import (
+    Policy,
+    Prompt,
+    Reward,
+    Rollout,
+    Scores,
+    check_choice,
+    check_positive,
+    check_scores,
+    freeze,
+)
 from cotgen_pl.losses import (
     AdvantageScale,
     KLEstimator,
@@ -28,6 +38,7 @@ from cotgen_pl.metrics import merge_metrics, parity_metrics, peak_memory_gb, rew
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.sampling import LogprobMode, forced_logits
 
+DeadGroups = Literal["keep", "mask", "resample"]
 MAX_REDRAWS = 4  # of a group without signal under `resample`; DAPO's own bound is a setting
 
 
@@ -103,7 +114,7 @@ class GRPOModule(PolicyModule):
         variant: PolicyVariant = "clip",
         advantage_scale: AdvantageScale = "group",
         combine_rewards: RewardCombination = "sum_then_normalise",
-        dead_groups: Literal["keep", "mask", "resample"] = "keep",
+        dead_groups: DeadGroups = "keep",
         entropy_coef: float = 0.0,
         gradient_clip: float | None = 1.0,
     ) -> None:
@@ -112,6 +123,9 @@ class GRPOModule(PolicyModule):
         _check_sizes(
             images_budget, images_per_update, group_size, micro_batch_size, updates_per_rollout
         )
+        check_choice("dead_groups", dead_groups, DeadGroups)
+        check_choice("logprobs", logprobs, LogprobMode)
+        _check_weights(kl_penalty, gradient_clip)
         self.reward = reward
         self.reference: Policy | None = None
         self.images_budget, self.images_per_update = images_budget, images_per_update
@@ -196,6 +210,10 @@ class GRPOModule(PolicyModule):
                 rollout.reference_logprobs = self.replay(self.reference, rollout)
         if self.kl_penalty:
             scores = self._with_penalty(scores, rollout)
+            penalty = scores.parts["kl_penalty"]
+            self.log_all(
+                "train/rewards/kl_penalty/", {"mean": penalty.mean(), "std": penalty.std()}
+            )
         rollout.advantages = self.advantages(scores)
         if self.dead_groups == "mask":
             rollout.weights = signal_weights(rollout.advantages, self.group_size)
@@ -205,7 +223,6 @@ class GRPOModule(PolicyModule):
         """Draw and score a group per prompt; groups without signal again, if `resample` is on."""
         size = self.group_size
         tokens, logprobs, scores = self._draw_and_score(prompts, first_copy=0)
-        check_scores(scores, len(tokens), type(self.reward).__name__)
         self.log_all("train/", reward_metrics(scores, size))  # of each group's first drawing
         self.log("reward", scores.total.nanmean(), prog_bar=True, logger=False)
         if self.dead_groups != "resample":
@@ -230,6 +247,7 @@ class GRPOModule(PolicyModule):
             images = self.policy.decode(tokens)
         with self.phase("reward"):
             scores = self.score(images, [p for p in prompts for _ in range(self.group_size)])
+        check_scores(scores, len(tokens), type(self.reward).__name__, verdict_needed=not first_copy)
         self._images_drawn += len(tokens)
         return tokens, logprobs, scores
 
@@ -367,9 +385,11 @@ def _check_sizes(
             f"expected images_budget of at least images_per_update ({per_update}), got {budget}; "
             "raise the budget"
         )
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(
-            f"expected micro_batch_size of 1 or more, got {micro_batch_size}; leave it out for one"
-        )
-    if updates < 1:
-        raise ValueError(f"expected updates_per_rollout of 1 or more, got {updates}; set 1")
+    check_positive(micro_batch_size=micro_batch_size, updates_per_rollout=updates)
+
+
+def _check_weights(kl_penalty: float, gradient_clip: float | None) -> None:
+    if not kl_penalty >= 0:
+        raise ValueError(f"expected kl_penalty of 0 or more, got {kl_penalty}; 0 is none")
+    if gradient_clip is not None and not gradient_clip > 0:
+        raise ValueError(f"expected gradient_clip above 0, got {gradient_clip}; null is none")

@@ -56,6 +56,12 @@ class SFTModule(PolicyModule):
         self.log_dict({"train/loss": loss, "step": float(self.rollouts)}, batch_size=1)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stop before a non-finite gradient is clipped or reaches the weights."""
+        gradients = [p.grad for p in self._trained().values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.check_finite(norm, "gradient norm", update=self.rollouts)  # counted with its loss
+
     def _dropped(self, number: int) -> Tensor:
         """Which pictures lose their prompt in this step, [B] bool."""
         generator = torch.Generator().manual_seed(

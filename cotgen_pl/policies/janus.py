@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +19,18 @@ from transformers import JanusConfig, JanusForConditionalGeneration, JanusProces
 from transformers.cache_utils import DynamicCache
 
 from cotgen_pl.adapters import AdaptersOff, LoraSettings, add_adapters, quantization_config
-from cotgen_pl.cache import StaticCache
-from cotgen_pl.checkpoints import read_config, read_processor, read_weights, token_id
+from cotgen_pl.cache import Decoding, StaticCache
+from cotgen_pl.checkpoints import (
+    TEMPLATES,
+    expand_home,
+    read_config,
+    read_processor,
+    read_weights,
+    recognise_template,
+    token_id,
+)
 from cotgen_pl.interfaces import Policy, freeze
 
-# README and demo/app_januspro.py of github.com/deepseek-ai/Janus at 1daa72f: no system prompt, the
-# assistant's turn empty, no blank behind it.
-TEMPLATES = {
-    "janus": "User: {prompt}\n\nAssistant:",
-    "janus_pro": "<|User|>: {prompt}\n\n<|Assistant|>:",
-}
 BEGIN_OF_IMAGE = "<begin_of_image>"
 PAD = "<｜▁pad▁｜>"  # by name: the originals' tokenizer_config.json leaves pad_token empty
 PIXELS_PER_DECODE = 4_000_000  # about 27 pictures of 384 px at a time: bounds the decoder's memory
@@ -50,7 +51,8 @@ class JanusPolicy(Policy):
     """A Janus checkpoint that draws.
 
     Args:
-        path: A folder in transformers' format, or a hub id: `deepseek-community/Janus-Pro-1B`.
+        path: A folder in transformers' format, where `~` is the home folder, or a hub id:
+            `deepseek-community/Janus-Pro-1B`.
         trains: `language_model` (layers and last norm), `generation` (code embedding, its aligner
             and the image head) or `both`. What pictures do not pass through stays frozen.
         train_text_embedding: Train the text embedding too, as T2I-R1 does; 0.21 B more parameters
@@ -97,13 +99,15 @@ class JanusPolicy(Policy):
                 f"expected lora to adapt the language model alone, got trains: {trains} and "
                 f"train_text_embedding: {train_text_embedding}; leave both out or drop lora"
             )
+        path = expand_home(path)
         self.path, self.trains, self.train_text_embedding = path, trains, train_text_embedding
         self.lora, self.quantize = lora, quantize
+        self.merges_exactly = quantize is None
         self.gradient_checkpointing, self.compile_forward = gradient_checkpointing, compile
         self.attention, self.dtype = attention, dtype
         self.config: Any = read_config(path, JanusConfig, EXAMPLE)
         self.processor = read_processor(path, JanusProcessor)
-        self.template = template or _recognise_template(self.processor, path)
+        self.template = template or recognise_template(self.processor, path)
         self.num_tokens: int = self.config.vq_config.num_patches**2
         self.codebook_size: int = self.config.vq_config.num_embeddings
         self.begin_of_image = token_id(self.processor.tokenizer, BEGIN_OF_IMAGE, path)
@@ -197,6 +201,11 @@ class JanusPolicy(Policy):
             )
         return ids
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise a ValueError for a prompt that is longer than the model's context."""
+        for prompt in dict.fromkeys(prompts):
+            self.prompt_ids(prompt)
+
     def _unconditional_ids(self, length: int) -> list[int]:
         """BOS, pads, begin-of-image: as long as the prompt itself, all positions attended.
 
@@ -285,7 +294,7 @@ class JanusPolicy(Policy):
 
     def prefill(
         self, prompts: Sequence[str], *, guided: bool, copies: int = 1
-    ) -> tuple[Tensor, _Decoding]:
+    ) -> tuple[Tensor, Decoding]:
         """Read each distinct prompt once, and one unconditional row per distinct length.
 
         See `Policy.prefill`.
@@ -305,9 +314,9 @@ class JanusPolicy(Policy):
         index = torch.tensor(source, device=ids.device)
         mask = nn.functional.pad(mask[index], (0, self.num_tokens), value=True)
         cache = self._copy_prefix(prefix, index, mask.shape[1])
-        return self._head(hidden[:, -1])[index], _Decoding(cache, mask, guided)
+        return self._head(hidden[:, -1])[index], Decoding(cache, mask, guided)
 
-    def step(self, tokens: Tensor, cache: _Decoding) -> Tensor:
+    def step(self, tokens: Tensor, cache: Decoding) -> Tensor:
         """Append one token to each image and give the next logits, [R, V]; see `Policy.step`."""
         embedded = self._embed_codes(tokens[:, None])
         if cache.guided:
@@ -364,8 +373,21 @@ class JanusPolicy(Policy):
         """The language model's layers."""
         return list(self.janus.model.language_model.layers)
 
+    def check_export(self, *, merge_adapters: bool) -> None:
+        """Refuse an export that cannot be made; needs no weights.
+
+        Raises:
+            ValueError: Adapters are to be merged into quantised weights.
+        """
+        if self.quantize and merge_adapters:
+            raise ValueError(
+                f"expected merge_adapters: false beside quantize: {self.quantize}, got true, and "
+                f"merging into {self.quantize} weights is not exact: set merge_adapters: false"
+            )
+
     def export(self, folder: Path, *, merge_adapters: bool = True) -> None:
         """Write a folder that transformers loads; with adapters kept apart, one that peft loads."""
+        self.check_export(merge_adapters=merge_adapters)
         if not self.lora:
             self.janus.save_pretrained(folder)
         elif merge_adapters:
@@ -373,26 +395,3 @@ class JanusPolicy(Policy):
         else:
             self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
-
-
-@dataclass
-class _Decoding:
-    """Where a batch of images stands while it is drawn."""
-
-    memory: StaticCache
-    mask: Tensor  # [R, prefix + T] bool, False on left padding
-    guided: bool
-
-
-def _recognise_template(processor: Any, path: str) -> Literal["janus", "janus_pro"]:
-    """The known template that the checkpoint's own chat template renders."""
-    probe = [{"role": "user", "content": [{"type": "text", "text": "a dog"}]}]
-    if processor.chat_template:
-        drawn = processor.apply_chat_template(probe, add_generation_prompt=True, tokenize=False)
-        for name in ("janus", "janus_pro"):
-            if drawn.strip() == TEMPLATES[name].format(prompt="a dog"):
-                return name
-    raise ValueError(
-        f"expected {path} to carry the chat template of Janus or Janus-Pro, got another or none; "
-        "name the form that the checkpoint was trained with: template: janus_pro or template: janus"
-    )

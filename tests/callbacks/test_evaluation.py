@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation, format_table
 from cotgen_pl.data.prompts import PromptData, PromptFile
@@ -208,7 +209,7 @@ def test_start_middle_and_end_are_scored_and_the_table_printed(tiny_janus, tmp_p
         asked.append((m.rollouts, images)) or evaluate(m, images)
     )
     trainer = fit(module, tmp_path, evaluation)
-    assert asked == [(0, 2), (2, 2), (4, 2), (5, 3)]
+    assert asked == [(0, 3), (2, 2), (4, 2), (5, 3)]
     rows = trainer.logger.rows
     assert rows[0]["val/kl_to_base"] == pytest.approx(0, abs=1e-9)
     assert rows[5]["val/kl_to_base"] > 1e-3
@@ -246,6 +247,28 @@ def test_table():
     assert format_table({}, last).split() == ["score", "id/mean", "0.750", "gap", "0.100"]
 
 
+def test_table_leaves_out_a_part_that_is_the_mean():
+    near = {"val/id/near/mean": 0.5, "val/id/near/parts/graded": 0.5, "val/id/near/parts/red": 0.5}
+    later = near | {"val/id/near/parts/red": 0.75}
+    for first, last in ((near, later), ({}, later), (later, near)):
+        rows = [line.split()[0] for line in format_table(first, last).splitlines()[1:]]
+        assert rows == ["id/near/mean", "id/near/parts/red"]
+
+
+def test_the_bar_shows_the_latest_divergence_after_every_rollout(tiny_janus, tmp_path):
+    seen = []
+
+    class Bar(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(trainer.progress_bar_metrics["kl to base"])
+
+    module = make_grpo(tiny_janus, images_budget=32, optimizer=sgd(5.0))
+    rows = fit(module, tmp_path, evaluation_of(tmp_path, every_n_updates=3), Bar()).logger.rows
+    latest = [rows[step]["val/kl_to_base"] for step in (0, 0, 3, 4)]
+    assert seen == pytest.approx(latest, abs=1e-6)
+    assert "kl to base" not in rows[3]
+
+
 # Mistakes ---------------------------------------------------------------------------------------
 
 
@@ -254,6 +277,23 @@ def test_suites_need_names_of_their_own(tmp_path):
     for suites in ([], [suite, suite]):
         with pytest.raises(ValueError, match="expected suites"):
             SuiteEvaluation(suites)
+
+
+@pytest.mark.parametrize(
+    "name", ["every_n_updates", "images_per_prompt", "final_images_per_prompt", "batch_size"]
+)
+def test_sizes_below_one_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
+        evaluation_of(tmp_path, **{name: 0})
+
+
+def test_a_prompt_beyond_the_context_stops_a_run_before_weights_load(
+    tiny_janus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    file = write_rows(tmp_path, [("word " * 5000, "long")])
+    with pytest.raises(ValueError, match="expected a prompt of at most"):
+        fit(make_grpo(tiny_janus), tmp_path, SuiteEvaluation([Suite("n", "id", [file])]))
 
 
 @pytest.mark.parametrize("own", [True, False])

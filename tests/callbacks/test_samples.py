@@ -8,8 +8,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cotgen_pl.callbacks.samples import SampleGrid, draw_grid, log_picture
+from cotgen_pl.data.prompts import PromptFile
 from cotgen_pl.interfaces import Prompt
 from cotgen_pl.modules.sft import SFTModule
+from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import (
     Brightness,
     Fixed,
@@ -121,10 +123,37 @@ def test_a_module_without_a_reward_needs_one_here(tiny_janus, tmp_path):
     module = SFTModule(make_policy(tiny_janus))
     module.configure_model()
     module.trainer = make_trainer(tmp_path)
-    with pytest.raises(ValueError, match="SampleGrid got no reward"):
-        grid_of(tmp_path).show(module.trainer, module)
+    with pytest.raises(ValueError, match="SampleGrid got no reward and SFTModule trains on none"):
+        grid_of(tmp_path).setup(module.trainer, module, "fit")
     grid_of(tmp_path, reward=Brightness()).show(module.trainer, module)
     assert (tmp_path / "samples/000000.png").exists()
+
+
+class Marked(Brightness):
+    required_facts = ("mark",)
+
+
+@pytest.mark.parametrize(
+    ("texts", "reward", "message"),
+    [
+        (("one",), Marked(), r"grid.txt:1: expected the facts \['mark'\] for reward Marked"),
+        (("one", "word " * 5000), None, "expected a prompt of at most"),
+    ],
+)
+def test_unfit_prompts_stop_a_run_before_weights_load(
+    tiny_janus, tmp_path, monkeypatch, texts, reward, message
+):
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    (tmp_path / "grid.txt").write_text("\n".join(texts))
+    grid = SampleGrid([PromptFile(str(tmp_path / "grid.txt"), "text")], reward)
+    with pytest.raises(ValueError, match=message):
+        fit(make_grpo(tiny_janus), tmp_path, grid)
+
+
+@pytest.mark.parametrize("name", ["num_prompts", "images_per_prompt", "every_n_updates"])
+def test_sizes_below_one_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
+        grid_of(tmp_path, **{name: 0})
 
 
 def test_a_logger_with_log_image_gets_pictures():

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from cotgen_pl.data.pictures import PictureData, ShapesPictures
+from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.rewards.shapes_oracle import ShapesOracle
+from tests.toys import make_grpo, make_trainer
 
 
 def scores(prompts, pictures):
@@ -65,3 +67,18 @@ def test_data_module_goes_on_behind_the_finished_batches():
 def test_impossible_share_is_refused(share):
     with pytest.raises(ValueError, match=rf"expected wrong_share in \[0, 1\], got {share}"):
         PictureData(wrong_share=share)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "num_batches"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
+        PictureData(**{name: 0})
+
+
+def test_a_module_that_draws_its_own_pictures_is_refused_before_weights_load(
+    tiny_janus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    message = "expected a module that learns from .* beside PictureData, got GRPOModule.*PromptData"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path).fit(make_grpo(tiny_janus), PictureData())

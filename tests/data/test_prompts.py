@@ -24,6 +24,7 @@ from cotgen_pl.data.prompts import (
     read_prompts,
 )
 from cotgen_pl.interfaces import Prompt
+from cotgen_pl.modules.sft import SFTModule
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex", "scene")
 
@@ -217,7 +218,10 @@ def test_loader_gives_the_share_of_its_process(tmp_path):
     def texts(rank: int, world_size: int) -> list[list[str]]:
         data.trainer = SimpleNamespace(
             lightning_module=SimpleNamespace(
-                prompts_per_batch=4, num_rollouts=6, reward=SimpleNamespace(required_facts=())
+                prompts_per_batch=4,
+                num_rollouts=6,
+                reward=SimpleNamespace(required_facts=()),
+                policy=SimpleNamespace(check_prompts=lambda prompts: None),
             ),
             fit_loop=Trainer(logger=False, enable_checkpointing=False).fit_loop,
             global_rank=rank,
@@ -268,6 +272,7 @@ class Recorder(LightningModule):
     def __init__(self, breaks_in: int | None = None, required_facts: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.reward = SimpleNamespace(required_facts=required_facts)
+        self.policy = SimpleNamespace(check_prompts=lambda prompts: None)
         self.automatic_optimization = False
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.breaks_in = breaks_in
@@ -379,6 +384,40 @@ def test_reward_that_needs_other_prompts_is_refused_before_weights_load(prompt_f
     message = r"prompts.txt:1: expected the facts \['nouns'\] for reward SimpleNamespace, got \[\]"
     with pytest.raises(ValueError, match=message):
         fit(Recorder(required_facts=("nouns",)), prompt_file)
+
+
+class Strict(Recorder):
+    """Refuses one prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = SimpleNamespace(check_prompts=self.refuse)
+
+    def refuse(self, prompts: list[str]) -> None:
+        if "prompt 7" in prompts:
+            raise ValueError("too long")
+
+    def configure_model(self) -> None:
+        pytest.fail("weights were loaded")
+
+    def predict_step(self, batch, batch_idx):
+        pytest.fail("prompts were drawn")
+
+
+def test_prompt_that_cannot_be_drawn_is_refused_before_weights_load(prompt_file):
+    with pytest.raises(ValueError, match="too long"):
+        fit(Strict(), prompt_file)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="too long"):
+        trainer.predict(Strict(), PromptData([prompt_file]))
+
+
+def test_module_that_learns_from_pictures_is_refused_before_weights_load(prompt_file, monkeypatch):
+    module = SFTModule(None)
+    monkeypatch.setattr(SFTModule, "configure_model", lambda self: pytest.fail("weights"))
+    message = "expected a module that draws .* beside PromptData, got SFTModule, .*use PictureData"
+    with pytest.raises(ValueError, match=message):
+        fit(module, prompt_file)
 
 
 # Our own files ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from cotgen_pl.interfaces import Reward, Rollout, Scores
-from cotgen_pl.losses import token_logprobs
+from cotgen_pl.losses import group_advantages, token_logprobs
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import (
     Brightness,
@@ -360,6 +360,13 @@ def test_resample_survives_a_group_that_never_gets_a_verdict(tiny_janus, tmp_pat
     assert row["train/frac_no_verdict"] == 0.5 and math.isfinite(row["train/loss"])
 
 
+def test_a_redrawn_group_must_have_finite_scores_too(tiny_janus, tmp_path):
+    dead, broken = [0.0, 1.0, 2.0, 3.0] + [1.0] * 4, [0.0, math.inf, 1.0, 2.0]
+    module = make_grpo(tiny_janus, PerCall(dead, broken), dead_groups="resample")
+    with pytest.raises(ValueError, match="reward PerCall: expected finite scores"):
+        fit(module, tmp_path)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_dead_groups_are_counted_per_group_whatever_the_scaling(tiny_janus, tmp_path, scale):
     module = make_grpo(
@@ -395,7 +402,9 @@ def test_a_missing_verdict_is_left_out_and_counted(tiny_janus, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (Fixed([math.nan]), "reward Fixed: all 8 scores are NaN"),
+        (Fixed([math.nan]), "reward Fixed: expected scores, got NaN"),
+        (Fixed([0.0, math.inf]), "reward Fixed: expected finite scores or NaN .*, got inf in tot"),
+        (Fixed([0.0, -math.inf]), "reward Fixed: expected finite scores .*, got -inf in total"),
         (WrongShape(), r"reward WrongShape: expected total of shape \(8,\).*got \(8, 1\)"),
     ],
 )
@@ -410,7 +419,14 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_checkpoint(tiny_janus, tmp_
     good = [0.0, 1.0, 2.0, 3.0] * 2
     checkpoints = ModelCheckpoint(tmp_path / "run", every_n_train_steps=1, save_last=True)
     kept = Snapshots()
-    module = make_grpo(tiny_janus, PerCall(good, good, [math.inf, *good[1:]]), images_budget=40)
+    module = make_grpo(tiny_janus, Fixed(good), images_budget=40)
+    advantages = module.advantages
+
+    def break_the_third(scores):
+        found = advantages(scores)
+        return found * math.nan if module.rollouts == 2 else found
+
+    module.advantages = break_the_third
     message = r"expected a finite loss in update 3 \(optimizer step 3\), got nan; .*resume"
     with pytest.raises(ValueError, match=message):
         fit(module, tmp_path, kept, checkpoints)
@@ -440,6 +456,12 @@ def test_a_non_finite_gradient_stops_too(tiny_janus, tmp_path, monkeypatch):
         ({"micro_batch_size": 0}, "expected micro_batch_size of 1 or more, got 0"),
         ({"updates_per_rollout": 0}, "expected updates_per_rollout of 1 or more, got 0"),
         ({"guidance": 0.5}, "expected guidance of 1"),
+        ({"temperature": 0.0}, "expected temperature above 0, got 0.0"),
+        ({"temperature": -1.0}, "expected temperature above 0, got -1.0"),
+        ({"dead_groups": "drop"}, "expected dead_groups to be one of .*'mask'.*, got 'drop'"),
+        ({"logprobs": "free"}, "expected logprobs to be one of .*'guided'.*, got 'free'"),
+        ({"gradient_clip": 0.0}, "expected gradient_clip above 0, got 0.0; null"),
+        ({"kl_penalty": -0.1}, "expected kl_penalty of 0 or more, got -0.1"),
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, "got k1, whose gradient there is zero"),
         ({"clip_high": -0.1}, "expected clip_low, clip_high >= 0"),
         ({"combine_rewards": "normalise_then_sum", "advantage_scale": "none"}, "expects scale"),
@@ -503,3 +525,37 @@ def test_watched_parts_are_logged_and_not_trained_on(tiny_janus, tmp_path):
     assert row["train/rewards/all/mean"] == pytest.approx(row["train/reward"])
     assert row["train/rewards/red/mean"] != row["train/reward"]
     assert {"train/rewards/all/std", "train/rewards/red/std"} <= row.keys()
+
+
+def test_a_kl_penalty_is_a_part_of_the_reward(tiny_janus, tmp_path):
+    module = make_grpo(tiny_janus, kl_penalty=0.5, images_budget=16)
+    seen = []
+    update = module.update
+    module.update = lambda rollout: (seen.append(rollout), update(rollout))
+    row = fit(module, tmp_path).logger.rows[2]
+    assert module.reference is not None
+    penalty = (seen[1].reference_logprobs - seen[1].old_logprobs).sum(1)
+    assert row["train/rewards/kl_penalty/mean"] == pytest.approx(penalty.mean().item(), abs=1e-6)
+    assert row["train/rewards/kl_penalty/std"] == pytest.approx(penalty.std().item(), abs=1e-6)
+    for rollout in seen:
+        divergence = (rollout.old_logprobs - rollout.reference_logprobs).sum(1)
+        total = rollout.rewards["all"] - 0.5 * divergence
+        assert torch.allclose(
+            rollout.advantages, group_advantages(total, 4).to(rollout.advantages), atol=1e-5
+        )
+    assert seen[0].old_logprobs.equal(seen[0].reference_logprobs)  # nothing was learnt before
+    assert not seen[1].old_logprobs.allclose(seen[1].reference_logprobs)
+
+
+def test_summed_rewards_are_those_that_the_reward_summed(tiny_janus, tmp_path):
+    class Halved(Reward):
+        def score(self, images, prompts):
+            part = torch.arange(8.0)
+            return Scores(part.flip(0), {"part": part}, {"part": 1.0})
+
+    module = make_grpo(tiny_janus, Halved())
+    seen = []
+    update = module.update
+    module.update = lambda rollout: (seen.append(rollout), update(rollout))
+    fit(module, tmp_path)
+    assert (seen[0].advantages.view(2, 4).diff() < 0).all()

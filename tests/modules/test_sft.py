@@ -90,3 +90,15 @@ def test_non_finite_loss_names_the_step(janus_of_32_pixels, tmp_path):
 def test_impossible_share_is_refused(janus_of_32_pixels):
     with pytest.raises(ValueError, match=r"expected condition_dropout in \[0, 1\], got 1.5"):
         watched(janus_of_32_pixels, condition_dropout=1.5)
+
+
+def test_a_non_finite_gradient_never_reaches_the_weights(janus_of_32_pixels, tmp_path):
+    module = watched(janus_of_32_pixels)
+    module.configure_model()
+    start = {name: weight.clone() for name, weight in module.state_dict().items()}
+    parameter = next(iter(module._trained().values()))
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    trainer = make_trainer(tmp_path, precision="32-true", gradient_clip_val=1.0)
+    with pytest.raises(ValueError, match="expected a finite gradient norm in update 1 "):
+        trainer.fit(module, PictureData(batch_size=2, num_batches=3))
+    assert all(torch.equal(start[name], weight) for name, weight in module.state_dict().items())

@@ -553,6 +553,21 @@ def test_transformers_alone_generates_from_an_export(janus_folder, tmp_path, arg
     assert trained_names(policy)
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_adapters_are_not_merged_into_quantised_weights(janus_folder, tmp_path, bits):
+    policy = JanusPolicy(str(janus_folder), lora=LORA, quantize=bits)
+    with pytest.raises(ValueError, match=f"merging into {bits} weights is not exact: set merge_"):
+        policy.export(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapters_of_quantised_weights_are_exported_alone(janus_folder, tmp_path):
+    policy = perturb(load(janus_folder, lora=LORA, quantize="4bit"))
+    policy.export(tmp_path, merge_adapters=False)
+    assert (tmp_path / "adapter_config.json").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_peft_alone_generates_from_exported_adapters(janus_folder, tmp_path):
     from peft import PeftModel
 
@@ -626,6 +641,13 @@ def test_adapters_exclude_other_training(janus_folder, arguments):
 def test_missing_folder_is_refused(path):
     with pytest.raises(ValueError, match=r"janus, which does not exist; name an existing folder"):
         JanusPolicy(path)
+
+
+def test_home_folder_is_found(janus_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(janus_folder.parent))
+    assert JanusPolicy(f"~/{janus_folder.name}").path == str(janus_folder)
+    with pytest.raises(ValueError, match=f"{janus_folder.parent}/nothing, which does not exist"):
+        JanusPolicy("~/nothing")
 
 
 def test_missing_folder_in_one_that_exists_is_refused(tmp_path, monkeypatch):

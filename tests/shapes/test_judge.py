@@ -69,7 +69,7 @@ def test_an_object_without_attributes_has_a_clause_of_its_own():
     bare = facts(asked("circle"), asked("square"))
     verdict = judge_compbench(bare, seen("plain red circle"))
     assert failed(verdict) == ["object 1: square"]
-    assert list(verdict)[0] == "object 0: circle"
+    assert next(iter(verdict)) == "object 0: circle"
 
 
 def test_an_empty_picture_and_a_picture_of_nothing_asked_score_zero():
