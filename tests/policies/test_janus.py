@@ -60,15 +60,24 @@ def image_loss(policy, tokens):
     return -logits.float().log_softmax(-1).gather(-1, tokens[..., None]).mean()
 
 
+# Of three lengths, and such that the shipped model draws something for each.
+WORLD_PROMPTS = [
+    "three green circles",
+    "a striped red circle on the left of a plain blue square",
+    "a photo of four yellow triangles",
+]
+
+
 def greedy_tokens(policy, guidance=5.0):
-    seeds = range(len(PROMPTS))
-    return sample_tokens(policy, PROMPTS, guidance=guidance, seeds=seeds, top_k=1)[0]
+    seeds = range(len(WORLD_PROMPTS))
+    return sample_tokens(policy, WORLD_PROMPTS, guidance=guidance, seeds=seeds, top_k=1)[0]
 
 
 def transformers_tokens(model, processor, guidance=5.0):
     """Greedy tokens of transformers' own loop for one left-padded batch of chat prompts."""
     chats = [
-        [{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in PROMPTS
+        [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        for prompt in WORLD_PROMPTS
     ]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     inputs = processor(text=texts, generation_mode="image", return_tensors="pt", padding=True)
