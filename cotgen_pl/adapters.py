@@ -5,7 +5,8 @@ Kept apart from the policies because it serves any language model of transformer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +29,22 @@ def add_adapters(model: nn.Module, settings: LoraSettings, targets: str) -> Any:
     """Wrap a model into peft's, with adapters on the linear layers whose full name matches."""
     from peft import LoraConfig, get_peft_model
 
+    _keep_differentiable(model)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
     return get_peft_model(model, config)
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for its CPU kernel.
+
+    On CPUs with AVX512-BF16, a layer in evaluation mode (where policies stay) packs its weights in
+    place at the first input without gradient, such as sampling's. That kernel passes no gradient
+    to the layers below, and its packing fails on rows shorter than a block of 64 weights.
+    """
+    layer: Any  # torch types no attributes of modules
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes.nn.Linear4bit
+            layer.support_avx512bf16_for_cpu = False
 
 
 def quantization_config(
@@ -50,8 +65,11 @@ def quantization_config(
     )
 
 
-class AdaptersOff(Policy):
-    """A policy before its adapters: the same weights, read with adapters switched off.
+class AdaptersThen(Policy):
+    """A LoRA policy as it was when this was made: the same base weights under adapters of then.
+
+    Adapters that have not learnt yet are switched off, which is the same and costs nothing; others
+    are copied, and the copies lent to the policy's model while this one computes.
 
     Args:
         policy: A policy whose `model` is peft's.
@@ -61,11 +79,25 @@ class AdaptersOff(Policy):
         super().__init__()
         self._policy = (policy,)  # a tuple hides it from nn.Module: parameters are counted once
         self.num_tokens, self.codebook_size = policy.num_tokens, policy.codebook_size
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        fresh = all("lora_" in name for name in trained) and not any(
+            p.any() for name, p in trained.items() if "lora_B" in name
+        )
+        self._weights = None if fresh else {n: p.detach().clone() for n, p in trained.items()}
 
     @property
     def adapted(self) -> Any:
         """The policy with its adapters."""
         return self._policy[0]
+
+    @contextmanager
+    def _then(self) -> Iterator[Any]:
+        if self._weights is None:
+            with self.adapted.model.disable_adapter():
+                yield self.adapted
+        else:
+            with lend_weights(self.adapted, self._weights):
+                yield self.adapted
 
     def load(self) -> Policy:
         """Do nothing: the weights are the policy's own."""
@@ -74,21 +106,21 @@ class AdaptersOff(Policy):
     def logits(
         self, prompts: Sequence[str], tokens: Tensor, unconditional: bool | Tensor = False
     ) -> Tensor:
-        """See `Policy.logits`."""
-        with self.adapted.model.disable_adapter():
-            return self.adapted.logits(prompts, tokens, unconditional)
+        """See `Policy.logits`; without gradient, for the weights are lent for this call only."""
+        with self._then() as policy, torch.no_grad():
+            return policy.logits(prompts, tokens, unconditional)
 
     def prefill(
         self, prompts: Sequence[str], *, guided: bool, copies: int = 1
     ) -> tuple[Tensor, Any]:
         """See `Policy.prefill`; the cache's memory is the policy's own."""
-        with self.adapted.model.disable_adapter():
-            return self.adapted.prefill(prompts, guided=guided, copies=copies)
+        with self._then() as policy:
+            return policy.prefill(prompts, guided=guided, copies=copies)
 
     def step(self, tokens: Tensor, cache: Any) -> Tensor:
         """See `Policy.step`."""
-        with self.adapted.model.disable_adapter():
-            return self.adapted.step(tokens, cache)
+        with self._then() as policy:
+            return policy.step(tokens, cache)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """See `Policy.decode`."""
@@ -107,8 +139,22 @@ class AdaptersOff(Policy):
         return self.adapted.blocks()
 
     def export(self, folder: Path, *, merge_adapters: bool = True) -> None:
-        """Refuse: the weights before the adapters are the checkpoint that was loaded."""
+        """Refuse: export the policy itself."""
         raise ValueError(
             f"expected a policy to write to {folder}, got the reference of a LoRA policy, which "
-            "is its start checkpoint; export the policy instead"
+            "only lends it adapters; export the policy instead"
         )
+
+
+@contextmanager
+def lend_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the named parameters of a model other values while the context lasts."""
+    parameters = dict(model.named_parameters())
+    now = {name: parameters[name].data for name in weights}
+    try:
+        for name, values in weights.items():
+            parameters[name].data = values.to(parameters[name])
+        yield
+    finally:
+        for name, values in now.items():
+            parameters[name].data = values

@@ -5,10 +5,15 @@ Kept apart from the policies because it serves any model of transformers.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 # README and demo/app_januspro.py of github.com/deepseek-ai/Janus at 1daa72f: no system prompt, the
@@ -17,6 +22,22 @@ TEMPLATES = {
     "janus": "User: {prompt}\n\nAssistant:",
     "janus_pro": "<|User|>: {prompt}\n\n<|Assistant|>:",
 }
+
+
+def hash_weights(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell weights apart: names, shapes, types and values of all.
+
+    Without adapters that have not learnt yet: one of their factors is 0, and the other one, random
+    and new in each run, changes nothing.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    state = model.state_dict()
+    for name, values in sorted(state.items()):
+        if "lora_" in name and not state[name.replace("lora_A", "lora_B")].any():
+            continue
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def expand_home(path: str) -> str:
@@ -92,6 +113,24 @@ def token_id(tokenizer: Any, token: str, path: str) -> int:
             "a guessed id would change pictures without a word: use the original tokenizer"
         )
     return int(index)
+
+
+def prepare_pictures(image_processor: Any, pictures: Sequence[Image]) -> Tensor:
+    """Pictures resized and padded as a checkpoint's image processor does, but not normalised.
+
+    Its mean and deviation are those of the tower that looks at pictures, not of the codes.
+
+    Args:
+        image_processor: transformers' own, of the checkpoint.
+        pictures: B pictures of any mode and size; transparency is dropped.
+
+    Returns:
+        [B, 3, H, W] float32 in [0, 1].
+    """
+    images = [picture.convert("RGB") for picture in pictures]
+    prepared = image_processor(images, do_normalize=False, return_tensors="pt")
+    pixels: Tensor = prepared["pixel_values"]
+    return pixels.float()
 
 
 def read_weights(path: str, kind: type[PreTrainedModel], **settings: Any) -> Any:

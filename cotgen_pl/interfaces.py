@@ -11,10 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass
@@ -106,6 +109,25 @@ class Rollout:
         return Rollout(**cut)
 
 
+@dataclass
+class PreferencePair:
+    """B pairs of pictures, the two of a pair drawn for one prompt."""
+
+    prompts: list[Prompt]
+    """One per pair."""
+    chosen: Tensor
+    """[B, T] int64, tokens of the better pictures."""
+    rejected: Tensor
+    """[B, T] int64, tokens of the worse ones."""
+    scores: Tensor
+    """[B, 2] float32, of chosen and rejected; higher is better."""
+    rows: Tensor
+    """[B] int64, each pair's place in its set."""
+
+    def __len__(self) -> int:
+        return self.chosen.shape[0]
+
+
 class Policy(nn.Module, ABC):
     """An autoregressive image generator: prompts to image tokens, and tokens to log-probabilities.
 
@@ -176,6 +198,10 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Read pictures [B, 3, H, W] in [0, 1] as tokens [B, T]."""
+
+    def prepare(self, pictures: Sequence[Image]) -> Tensor:
+        """Bring pictures of any size to what `encode` reads, [B, 3, H, W] float32 in [0, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} takes no pictures of another size")
 
     @abstractmethod
     def reference(self) -> Policy:

@@ -1,11 +1,14 @@
 """The command line: runs, resumed runs, validation, and what it says to mistakes."""
 
+import copy
 import csv
 import json
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tools.main import main
 
 BUDGET, PER_UPDATE = 48, 8  # six rollouts
 CLOCK = {"perf/images_per_s", "perf/peak_memory_gb"}  # with perf/*_s, what two equal runs differ in
+INTERRUPTIONS = {"perf/images_redrawn"}  # what a run that was interrupted differs in
 CALLBACKS = "lightning.pytorch.callbacks"
 
 
@@ -84,12 +88,13 @@ def fit(settings: dict[str, Any], folder: Path, *arguments: str) -> Path:
 
 
 def read_metrics(folder: Path) -> list[tuple[str, ...]]:
-    """Step, metric and value of all rows that do not depend on the clock, in the file's order."""
+    """Step, metric and value of all rows that equal runs share, in the file's order."""
     with (folder / "metrics.csv").open(newline="") as file:
         header, *rows = list(csv.reader(file))
     assert header == ["run", "step", "metric", "value"]
     assert {run for run, *_ in rows} == {folder.name}
-    return [tuple(rest) for _, *rest in rows if not depends_on_the_clock(rest[1])]
+    kept = [rest for _, *rest in rows if rest[1] not in INTERRUPTIONS]
+    return [tuple(rest) for rest in kept if not depends_on_the_clock(rest[1])]
 
 
 def depends_on_the_clock(metric: str) -> bool:
@@ -211,6 +216,15 @@ def test_the_run_folder_has_all_that_a_run_leaves(run):
     assert policy["template"] == "<|User|>: {prompt}\n\n<|Assistant|>:"
 
 
+def test_the_readme_names_all_that_lies_in_a_run_folder(run, repository):
+    readme = (repository / "README.md").read_text()
+    section = readme[readme.index("## What a run leaves") : readme.index("## Janus-Pro")]
+    named = tuple(name.rstrip("/.") for name in re.findall(r"^\| `([^`]+)` \|", section, re.M))
+    assert len(named) >= 7
+    found = [path.name for path in run[1].iterdir()]
+    assert [name for name in found if not name.startswith(named)] == []
+
+
 def test_the_saved_configuration_runs_again_and_gives_the_same_metrics(run, tmp_path, capsys):
     """Same run twice, and from the file that has everything inlined."""
     _, folder = run
@@ -296,6 +310,50 @@ def test_any_checkpoint_of_a_run_goes_on_bit_for_bit(run, tmp_path, name):
     fit(settings, folder, "--ckpt_path", str(folder / "checkpoints" / name))
     assert_same(read_checkpoint(folder), read_checkpoint(whole))
     assert read_metrics(folder) == read_metrics(whole)
+
+
+def with_rising_scores(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same, but each evaluation scores higher than the one before."""
+    changed = copy.deepcopy(settings)
+    for suite in changed["trainer"]["callbacks"][0]["init_args"]["suites"]:
+        suite["reward"] = piece("tests.toys.Rising")
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "timers"),
+    [
+        (["--trainer.max_steps", "5"], []),  # each rollout has two optimizer steps
+        (["--model.init_args.images_budget", "24"], []),
+        ([], [piece("tests.toys.OutOfTime", rollouts=3)]),
+    ],
+)
+def test_the_end_is_saved_and_scored_whatever_brings_it(run, tmp_path, arguments, timers):
+    """The third rollout ends between two checkpoints and two evaluations."""
+    settings = with_rising_scores(run[0])
+    settings["trainer"]["callbacks"] += timers
+    folder = fit(settings, tmp_path / "run", *arguments)
+    for name in ("last.ckpt", "best.ckpt"):
+        assert read_checkpoint(folder, name)["progress"]["rollouts"] == 3
+    scored = [step for step, metric, _ in read_metrics(folder) if metric == "val/ood/mean"]
+    assert scored == ["0", "2", "3"]
+    assert (folder / "samples/000003.png").exists()
+
+
+def test_a_run_that_stopped_between_two_checkpoints_goes_on_bit_for_bit(run, tmp_path):
+    settings = copy.deepcopy(run[0])  # without the reward whose noise one more picture grid shifts
+    settings["model"]["init_args"]["reward"] = piece("tests.toys.Brightness")
+    whole = fit(settings, tmp_path / "whole")
+    folder = fit(settings, tmp_path / "run", "--trainer.max_steps", "5")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(settings, folder, "--ckpt_path", "last")
+    assert_same(read_checkpoint(folder), read_checkpoint(whole))
+    behind = [row for row in read_metrics(folder) if row[0] > "3"]
+    assert behind == [row for row in read_metrics(whole) if row[0] > "3"]
+    advice = ("workers", "IterableDataset", "resuming", "training_step", "eval mode", "treespec")
+    messages = [str(warning.message) for warning in caught]
+    assert not [text for text in messages if any(word in text for word in advice)]
 
 
 def test_going_on_with_a_finished_run_changes_no_number(run, tmp_path):
@@ -406,6 +464,20 @@ def test_mistakes_are_named_before_weights_load(
         fit(run[0], tmp_path / "run", *arguments)
     assert message in capsys.readouterr().err + str(refusal.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_facts_that_a_reward_cannot_judge_by_are_named_before_weights_load(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    path = tmp_path / "shapeless.jsonl"
+    row = {"prompt": "red", "objects": [{"color": "red"}], "relations": []}
+    path.write_text(json.dumps(row))
+    settings = copy.deepcopy(run[0])
+    settings["data"]["init_args"]["files"] = [{"path": str(path), "format": "jsonl"}]
+    settings["model"]["init_args"]["reward"] = piece("cotgen_pl.rewards.shapes_oracle.ShapesOracle")
+    with pytest.raises(ValueError, match=f"^{path}:1: expected a list under 'objects', each of"):
+        fit(settings, tmp_path / "run")
 
 
 @pytest.mark.slow

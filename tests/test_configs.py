@@ -1,6 +1,8 @@
 """Every file in configs/ is read by the command line; experiments run."""
 
 import csv
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def read_values(folder: Path, metric: str) -> list[float]:
 
 
 def test_finds_the_configs():
-    assert len(EXPERIMENTS) >= 4
+    assert len(EXPERIMENTS) >= 10
     assert len(PIECES) >= 10
 
 
@@ -56,31 +58,106 @@ def test_experiments_keep_the_best_out_of_domain_and_the_last(path):
     assert kept[0]["save_last"]
 
 
-def test_janus_pro_trains_with_only_the_weights_replaced(command_line, tiny_janus, tmp_path):
-    (tmp_path / "hps").mkdir()
-    weights = write_small_hps(tmp_path / "hps")
-    command_line(
-        [
-            *("fit", "--config", "configs/grpo_hps.yaml", "--trainer.max_steps", "2"),
-            *("--trainer.default_root_dir", str(tmp_path / "run")),
-            *("--model.init_args.policy.init_args.path", str(tiny_janus)),
-            *("--model.init_args.reward.init_args.path", str(weights)),
-        ]
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_spell_out_weight_decay(path):
+    optimizer = yaml.safe_load(path.read_text())["model"]["init_args"]["optimizer"]
+    assert "weight_decay" in optimizer["init_args"]
+
+
+def without_rounds(path: Path) -> dict:
+    """An experiment but for its run folder and what `IterativeRounds` is told."""
+    read = yaml.safe_load(path.read_text())
+    del read["trainer"]["default_root_dir"]
+    callbacks = read["trainer"]["callbacks"]
+    read["trainer"]["callbacks"] = [c for c in callbacks if "IterativeRounds" not in str(c)]
+    return read
+
+
+@pytest.mark.parametrize("name", ["dpo_shapes", "dpo_hps", "grpo_shapes"])
+def test_two_rounds_differ_from_one_in_rounds_alone(name):
+    one, two = (without_rounds(CONFIGS / f"{name}{end}.yaml") for end in ("", "_rounds"))
+    if name == "grpo_shapes":  # whose reference can only be refreshed where there is one
+        assert one["model"]["init_args"].pop("kl_coef") == 0
+        assert two["model"]["init_args"].pop("kl_coef") > 0
+    assert two == one
+
+
+def test_best_of_n_learns_from_the_pairs_of_dpo():
+    dpo, best_of_n = (
+        yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        for name in ("dpo_shapes", "sft_best_of_n_shapes")
     )
-    assert len(read_values(tmp_path / "run", "train/rewards/hps/mean")) == 2
-    assert read_values(tmp_path / "run", "perf/images_sampled") == [64, 128]
-    assert len(read_values(tmp_path / "run", "val/ood/mean")) == 2
-    assert (tmp_path / "run" / "exported" / "model.safetensors").exists()
+    assert best_of_n["data"] == dpo["data"]
+    assert best_of_n["trainer"]["callbacks"][0] == dpo["trainer"]["callbacks"][0]
+    settings = best_of_n["model"]["init_args"]
+    assert settings.items() <= dpo["model"]["init_args"].items()
+    assert {"reward", "images_budget", "group_size"} <= settings.keys()
+
+
+@pytest.fixture
+def smoke_run(command_line, repository, tmp_path):
+    """Does what the README's smoke command of a config does, in a folder that it returns."""
+
+    def run(name: str, **replaced: Path) -> Path:
+        commands = (repository / "README.md").read_text().splitlines()
+        (command,) = (c for c in commands if f"{name}.yaml --trainer.max_steps 2" in c)
+        arguments = command.partition(" --trainer.default_root_dir")[0].split()[2:]
+        for part, path in replaced.items():
+            arguments += [f"--model.init_args.{part}.init_args.path", str(path)]
+        command_line([*arguments, "--trainer.default_root_dir", str(tmp_path / "run")])
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.fixture
+def small_hps(tmp_path):
+    (tmp_path / "hps").mkdir()
+    return write_small_hps(tmp_path / "hps")
+
+
+def read_rounds(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_janus_pro_trains_with_only_the_weights_replaced(smoke_run, tiny_janus, small_hps):
+    folder = smoke_run("grpo_hps", policy=tiny_janus, reward=small_hps)
+    assert [path.name for path in folder.glob("*.yaml")] == ["config.yaml"]  # pieces are in it
+    assert len(read_values(folder, "train/rewards/hps/mean")) == 2
+    assert read_values(folder, "perf/images_sampled") == [64, 128]
+    assert len(read_values(folder, "val/ood/mean")) == 2
+    assert (folder / "exported" / "model.safetensors").exists()
+
+
+def test_janus_pro_learns_from_its_own_pairs_with_only_the_weights_replaced(
+    smoke_run, tiny_janus, small_hps
+):
+    folder = smoke_run("dpo_hps", policy=tiny_janus, reward=small_hps)
+    assert read_values(folder, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert read_values(folder, "perf/images_sampled") == [256, 256]
+    assert len(read_values(folder, "val/pairs/accuracies")) == 2
+    assert len(read_values(folder, "val/ood/mean")) == 2
+    assert (folder / "exported" / "model.safetensors").exists()
+
+
+def test_janus_pro_takes_two_rounds_with_only_the_weights_replaced(
+    smoke_run, tiny_janus, small_hps
+):
+    folder = smoke_run("dpo_hps_rounds", policy=tiny_janus, reward=small_hps)
+    first, second = read_rounds(folder)
+    assert (first["images_sampled"], second["images_sampled"]) == (80, 160)
+    assert first["policy"] != second["policy"]
+    # Each round begins at its own reference: no pair is preferred yet.
+    assert read_values(folder, "train/loss") == pytest.approx([math.log(2)] * 2, abs=1e-4)
+    assert (folder / "exported" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ON_SHAPES, ids=lambda path: path.stem)
-def test_experiments_on_the_shapes_world_run(path, command_line, tmp_path):
-    command_line(
-        [
-            *("fit", "--config", str(path), "--trainer.max_steps", "2"),
-            *("--trainer.default_root_dir", str(tmp_path)),
-        ]
-    )
-    assert len(read_values(tmp_path, "val/id/mean")) == 2
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+def test_experiments_on_the_shapes_world_run(path, smoke_run):
+    folder = smoke_run(path.stem)
+    assert len(read_values(folder, "train/loss")) == 2
+    assert len(read_values(folder, "val/id/mean")) >= 2
+    assert len(list((folder / "samples").glob("*.png"))) == 2
+    if "rounds" in path.stem:
+        assert len(read_rounds(folder)) == 2

@@ -1,8 +1,21 @@
 """What the README says exists."""
 
 import re
+import shutil
+from pathlib import Path
 
+import datasets
 import pytest
+import yaml
+
+from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation
+from cotgen_pl.callbacks.pair_evaluation import PairEvaluation
+from cotgen_pl.callbacks.rounds import IterativeRounds
+from cotgen_pl.data.pairs import PairData
+from cotgen_pl.modules.dpo import DPOModule
+from cotgen_pl.shapes.checkpoint import build_janus, build_tokenizer, save_janus
+from tests.rewards.test_hps import write as write_small_hps
+from tests.toys import Brightness, fit, make_grpo, make_policy, make_trainer, write_prompts
 
 
 @pytest.fixture
@@ -11,27 +24,122 @@ def readme(repository):
 
 
 def test_every_named_config_and_tool_exists(readme, repository):
-    named = set(
-        re.findall(r"\b((?:configs|tools|docs)/[\w./-]+\.(?:yaml|jsonl|py|md|png))\b", readme)
-    )
+    kinds = r"\.(?:yaml|jsonl|py|md|png)"
+    # A reader's own files are called my_...
+    named = set(re.findall(rf"\b((?:configs|tools|docs)/(?!my_)[\w./-]+{kinds})\b", readme))
     assert len(named) >= 8
     assert [path for path in sorted(named) if not (repository / path).exists()] == []
 
 
 def test_every_experiment_has_a_smoke_command(readme, repository):
     experiments = sorted((repository / "configs").glob("*.yaml"))
-    assert len(experiments) >= 4
+    assert len(experiments) >= 10
     for path in experiments:
         assert f"--config configs/{path.name} --trainer.max_steps 2" in readme
 
 
-def test_every_logged_metric_of_the_module_is_in_the_glossary(readme):
-    from cotgen_pl.metrics import MAXIMA, MINIMA
+def glossary_of(readme: str) -> list[re.Pattern[str]]:
+    """The names in the table's first column; what stands in <...> is any word."""
+    section = readme[readme.index("## Metric glossary") : readme.index("## The code")]
+    cells = [row.split("|")[1] for row in section.splitlines() if row.startswith("|")]
+    names = re.findall("`([^`]+)`", " ".join(cells))
+    return [re.compile(re.sub("<[a-z]+>", "[^/]+", re.escape(name))) for name in names]
 
-    for metric in MAXIMA | MINIMA:
-        first, last = metric.rsplit("/", 1)
-        assert re.search(rf"{re.escape(first.split('/')[-1])}", readme), metric
-        assert last in readme, metric
+
+def fit_dpo(tiny_janus: Path, folder: Path) -> dict[int, dict[str, float]]:
+    """What one round of DPO logs, with the likelihood term and with held-out pairs."""
+    folder.mkdir()
+    files = [write_prompts(folder)]
+    module = DPOModule(make_policy(tiny_janus), Brightness(), images_budget=16, likelihood_coef=0.1)
+    callbacks = IterativeRounds(files=files), PairEvaluation(files)
+    trainer = make_trainer(folder, *callbacks)
+    trainer.fit(module, PairData(pairs_per_update=2))
+    return trainer.logger.rows
+
+
+@pytest.fixture(scope="module")
+def logged(tiny_janus, tmp_path_factory):
+    """All that three tiny runs log, which between them have every term that can be on."""
+    folder = tmp_path_factory.mktemp("readme")
+    suites = [
+        Suite(domain, domain, [write_prompts(folder)], Brightness())
+        for domain in ("id", "ood", "shift")
+    ]
+    names = set()
+    for settings in (
+        {"kl_coef": 0.1, "kl_penalty": 0.1, "updates_per_rollout": 2},
+        {"kl_coef": 0.1, "logprobs": "conditional", "variant": "cispo", "clip_high": 5.0},
+    ):
+        trainer = fit(make_grpo(tiny_janus, **settings), folder, SuiteEvaluation(suites))
+        rows = trainer.logger.rows.values()
+        names |= {name for row in rows for name in row} | trainer.progress_bar_metrics.keys()
+    names |= {name for row in fit_dpo(tiny_janus, folder / "dpo").values() for name in row}
+    return names - {"epoch", "step"}  # Lightning's own, the x axis
+
+
+def test_every_logged_metric_is_in_the_glossary(readme, logged):
+    glossary = glossary_of(readme)
+    assert len(glossary) >= 50 and len(logged) >= 58
+    unknown = [name for name in logged if not any(entry.fullmatch(name) for entry in glossary)]
+    assert unknown == []
+
+
+@pytest.fixture
+def workplace(repository, tmp_path, monkeypatch):
+    """A working directory with a copy of configs/ and prompts of a reader's own."""
+    shutil.copytree(repository / "configs", tmp_path / "configs")
+    (tmp_path / "my_prompts.txt").write_text("a red circle\ntwo cats\na blue square\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.syspath_prepend(str(repository / "tools"))
+    return tmp_path
+
+
+@pytest.fixture
+def small_janus(tmp_path):
+    """An untrained Janus of 16 x 16 px; its library's processor makes no picture below 14."""
+    tokenizer = build_tokenizer(["a red circle", "two cats", "a blue square"], 300)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "codebook_size": 32}
+    folder = tmp_path / "janus"
+    save_janus(build_janus(tokenizer, **sizes, grid=4, vq_levels=3), tokenizer, folder)
+    return folder
+
+
+def blocks(section: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_way_from_a_prompt_file_to_a_model_can_be_gone(readme, workplace, small_janus):
+    import main
+
+    section = readme[readme.index("## DPO, from") : readme.index("## Rounds")]
+    own, finished, elsewhere = map(yaml.safe_load, blocks(section, "yaml"))
+    config = yaml.safe_load(Path("configs/dpo_hps.yaml").read_text())
+    drawn, *callbacks = config["trainer"]["callbacks"]
+    (rounds,) = own["trainer"]["callbacks"]
+    assert rounds["init_args"].keys() == drawn["init_args"].keys()
+    small = ["--model.init_args.policy.init_args.path", str(small_janus)]
+    small += ["--model.init_args.reward.init_args.path", str(write_small_hps(workplace))]
+    small += ["--model.init_args.images_budget", "128"]
+
+    def run(folder: str, callbacks: list, *arguments: str, **changed: dict) -> Path:
+        trainer = config["trainer"] | {"default_root_dir": folder, "callbacks": callbacks}
+        written = yaml.safe_dump(config | {"trainer": trainer} | changed)
+        Path("configs/my_dpo.yaml").write_text(written)
+        main.main(["fit", "--config", "configs/my_dpo.yaml", *small, *arguments])
+        assert (Path(folder) / "exported" / "model.safetensors").exists()
+        return Path(folder)
+
+    folder = run(own["trainer"]["default_root_dir"], [rounds, *callbacks])
+    assert finished["data"]["init_args"]["path"] == str(folder / "rounds" / "0" / "pairs")
+    run("runs/finished", callbacks, "--model.init_args.beta", "0.3", **finished)
+    (code,) = blocks(section, "python")
+    exec(code)
+    assert Path("chosen.png").exists()
+    source = elsewhere["data"]["init_args"]["source"]["path"]
+    shutil.copytree(folder / "rounds" / "0" / "pairs" / "data", source)
+    run("runs/elsewhere", callbacks, **elsewhere)
 
 
 def test_the_file_tree_names_every_module(readme, repository):

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 
 from cotgen_pl.data.prompts import PromptData, PromptFile
 from cotgen_pl.interfaces import Prompt, Reward, Scores
+from cotgen_pl.modules.dpo import DPOModule
 from cotgen_pl.modules.grpo import GRPOModule
+from cotgen_pl.pair_sets import Drawn, PairSet, PairSetWriter
 from cotgen_pl.policies.janus import JanusPolicy
 
 TEXTS = ("a red circle", "two cats", "a blue square left of it", "cats")
@@ -87,6 +90,14 @@ class SaveRank(Callback):
         torch.save({"tokens": torch.stack(self.tokens), "weights": pl_module.state_dict()}, path)
 
 
+class SaveWeights(Callback):
+    """Writes each process's weights at the end."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / f"rank{trainer.global_rank}.pt"
+        torch.save(pl_module.state_dict(), path)
+
+
 def numbered_prompts(number: int = 2) -> list[Prompt]:
     return [Prompt(text, index=index) for index, text in enumerate(TEXTS[:number])]
 
@@ -101,6 +112,14 @@ def make_grpo(folder: Path, reward: Reward | None = None, **arguments: Any) -> G
     settings = sizes | {"kl_coef": 0.0, "gradient_clip": None, "optimizer": sgd(0.1)} | arguments
     policy = settings.pop("policy", None) or make_policy(folder)
     return GRPOModule(policy, reward or Brightness(), **settings)
+
+
+def make_dpo(folder: Path, **arguments: Any) -> DPOModule:
+    """Four groups of 4 in all, plain SGD, guidance 3, without a reward of its own."""
+    sizes = {"group_size": 4, "images_budget": 16, "guidance": 3.0}
+    settings = sizes | {"optimizer": sgd(0.5)} | arguments
+    policy = settings.pop("policy", None) or make_policy(folder)
+    return DPOModule(policy, settings.pop("reward", None), **settings)
 
 
 def sgd(lr: float):
@@ -162,3 +181,39 @@ class OftenEqual(Brightness):
     def score(self, images, prompts):
         alive = torch.tensor([len(prompt.text) % 3 == 0 for prompt in prompts])
         return Scores.single("often_equal", super().score(images, prompts).total * alive)
+
+
+class Rising(Reward):
+    """The same for all images of a call, and more with each call."""
+
+    calls = 0
+
+    def score(self, images, prompts):
+        self.calls += 1
+        return Scores.single("rising", torch.full((len(images),), float(self.calls)))
+
+
+class OutOfTime(Timer):
+    """Lightning's timer, with a clock that counts rollouts."""
+
+    def __init__(self, rollouts: int) -> None:
+        super().__init__()
+        self.rollouts = rollouts
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        trainer.should_stop = trainer.should_stop or pl_module.rollouts == self.rollouts
+
+
+def write_pairs(
+    folder: Path, number: int, tokens: torch.Tensor | None = None, text: str = "prompt"
+) -> PairSet:
+    """A finished set in one shard; pair k is of prompt "<text> k", tokens are [number, 2, 4]."""
+    if tokens is None:
+        tokens = torch.randint(0, 32, (number, 2, 4))
+    prompts = [Prompt(f"{text} {index}", index=index) for index in range(number)]
+    images, scores = torch.zeros(2 * number, 3, 2, 2), torch.tensor([1.0, 0.0]).repeat(number)
+    drawn = Drawn(prompts, tokens.flatten(0, 1), images, scores, [None] * (2 * number))
+    rows = drawn.pairs(range(0, 2 * number, 2), range(1, 2 * number, 2))
+    writer = PairSetWriter(folder, 1, {})
+    writer.write(0, rows, num_prompts=number, num_images=2 * number, dropped={})
+    return writer.finish()

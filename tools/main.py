@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import cotgen_pl
 from cotgen_pl.callbacks.export import HuggingFaceExport
+from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint
 from cotgen_pl.callbacks.metrics import MetricsFile
 from cotgen_pl.modules.base import PolicyModule
 
@@ -29,7 +30,8 @@ from cotgen_pl.modules.base import PolicyModule
 EXPECTED = (
     ".*does not have many workers.*",  # prompts are a few bytes
     ".*`training_step` returned `None`.*",  # manual optimisation
-    ".*is an iterable dataset with.*",  # its length is that of the run
+    ".*`IterableDataset` has `__len__` defined.*",  # its length is that of the run
+    ".*a checkpoint that ended before the epoch ended.*",  # data modules start behind its batches
     ".*no `val_dataloader`.*",  # SuiteEvaluation scores in training
     ".*in eval mode at the start of training.*",  # nothing here has dropout
     ".*pre-optimization state.*",  # a checkpoint holds what the update made
@@ -58,7 +60,16 @@ class SaveRunConfig(SaveConfigCallback):
             config.ckpt_path = None
             path = Path(trainer.default_root_dir) / self.config_filename
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(config, path, skip_none=False, overwrite=True)
+            self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class Curves(TensorBoardLogger):
+    """TensorBoard's file, without the hparams.yaml beside it: config.yaml has every setting."""
+
+    def save(self) -> None:
+        """Write out what is logged so far."""
+        if self._experiment is not None:
+            self._experiment.flush()
 
 
 class CommandLine(LightningCLI):
@@ -84,13 +95,17 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put metrics.csv and checkpoints into the run folder, and TensorBoard's file by default.
 
-        Not into the configuration: the saved one would lead another run into this folder.
+        Not into the configuration: the saved one would lead another run into this folder. The end
+        of training is saved and scored in every run, so what ends it goes first, and what saves it
+        last.
         """
         trainer = super().instantiate_trainer(logger=self._loggers(), **kwargs)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning would put them into the folder of the first logger.
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        callbacks = [*trainer.callbacks, FinalCheckpoint()]
+        trainer.callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, Timer))
         return trainer
 
     def _loggers(self) -> list[Logger]:
@@ -100,7 +115,7 @@ class CommandLine(LightningCLI):
         folder = self.config[self.subcommand].trainer.default_root_dir or "."
         named = self._get(self.config_init, "trainer").logger
         if named in (None, True):
-            named = TensorBoardLogger(folder, "", "")
+            named = Curves(folder, "", "")
         loggers = named if isinstance(named, list) else [named] if named else []
         return [*loggers, MetricsFile(folder)]
 
@@ -144,7 +159,7 @@ class CommandLine(LightningCLI):
         """Say where everything is."""
         folder = self.trainer.default_root_dir
         lines = [f"run folder: {folder}", f"curves and pictures: tensorboard --logdir {folder}"]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:
             if isinstance(callback, HuggingFaceExport):
                 lines.append(f"exported model: {Path(folder) / callback.folder}")
         self.model.print("\n".join(lines))

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from cotgen_pl.data.prompts import PromptFile, check_facts, read_prompts
+from cotgen_pl.callbacks.base import Observer
+from cotgen_pl.data.prompts import PromptFile, check_scorable, read_prompts
 from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores, check_positive, freeze
 from cotgen_pl.modules.base import PolicyModule, scorer_of
 from cotgen_pl.sampling import forced_logits
@@ -31,7 +32,7 @@ class Suite:
     """Absent means the training reward."""
 
 
-class SuiteEvaluation(Callback):
+class SuiteEvaluation(Observer):
     """Draws the same prompts with the same noise each time, and logs how they score.
 
     Logged: `val/<domain>/<suite>/<category>` (mean over images), `val/<domain>/<suite>/mean` (over
@@ -64,20 +65,21 @@ class SuiteEvaluation(Callback):
             raise ValueError(
                 f"expected suites with names of their own, got {names}; name each once"
             )
+        super().__init__(every_n_updates)
         check_positive(
-            every_n_updates=every_n_updates,
             images_per_prompt=images_per_prompt,
             final_images_per_prompt=final_images_per_prompt,
             batch_size=batch_size,
         )
-        self.suites, self.every_n_updates = suites, every_n_updates
+        self.suites = suites
         self.images_per_prompt = images_per_prompt
         self.final_images_per_prompt = final_images_per_prompt
         self.batch_size, self.kl_images = batch_size, kl_images
         self.prompts = {suite.name: _read_suite(suite) for suite in suites}
         self.first: Metrics = {}
         self.last: Metrics = {}
-        self.last_step = -1
+        self.last_scored = -1
+        """Rollouts before the last scores."""
 
     # When ---------------------------------------------------------------------------------------
 
@@ -85,15 +87,16 @@ class SuiteEvaluation(Callback):
         """Refuse, before weights load, prompts that cannot be drawn or lack a scorer's facts."""
         assert isinstance(pl_module, PolicyModule)
         for suite in self.suites:
-            prompts, reward = self.prompts[suite.name], _scorer(pl_module, suite)
-            check_facts(prompts, reward.required_facts, type(reward).__name__)
+            prompts = self.prompts[suite.name]
+            check_scorable(prompts, _scorer(pl_module, suite))
             pl_module.policy.check_prompts([prompt.drawn_text for prompt in prompts])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score the start."""
-        assert isinstance(pl_module, PolicyModule)
-        if pl_module.rollouts == 0:
-            self.first = self.evaluate(pl_module, self.final_images_per_prompt)
+    def observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
+        """Score, and keep the scores of the start for the table."""
+        images = self.final_images_per_prompt if thoroughly else self.images_per_prompt
+        metrics = self.evaluate(module, images)
+        if module.rollouts == 0:
+            self.first = metrics
 
     def on_train_batch_end(
         self,
@@ -103,22 +106,18 @@ class SuiteEvaluation(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Score every so often, and the end, in time for `ModelCheckpoint` to see it."""
+        """Show new scores to `ModelCheckpoint`, and the last divergence on the bar."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         assert isinstance(pl_module, PolicyModule)
-        ends = trainer.should_stop or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if ends or pl_module.rollouts % self.every_n_updates == 0:
-            images = self.final_images_per_prompt if ends else self.images_per_prompt
-            metrics = self.evaluate(pl_module, images)
-            pl_module.log_dict(metrics, logger=False, batch_size=1)
+        if self.last_observed == pl_module.rollouts:
+            pl_module.log_dict(self.last, logger=False, batch_size=1)
         if "val/kl_to_base" in self.last:  # the bar shows what is logged in a step, so in each
             divergence = self.last["val/kl_to_base"]
             pl_module.log("kl to base", divergence, prog_bar=True, logger=False, batch_size=1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what changed."""
-        assert isinstance(pl_module, PolicyModule)
-        if self.last_step != pl_module.rollouts:  # stopped by time or by steps
-            self.evaluate(pl_module, self.final_images_per_prompt)
+        super().on_train_end(trainer, pl_module)
         pl_module.print(format_table(self.first, self.last))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,12 +134,12 @@ class SuiteEvaluation(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The scores of the start and the last ones, for the table at the end of a resumed run."""
-        return {"first": self.first, "last": self.last, "last_step": self.last_step}
+        return {"first": self.first, "last": self.last, "last_scored": self.last_scored}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the scores."""
         self.first, self.last = state_dict["first"], state_dict["last"]
-        self.last_step = state_dict["last_step"]
+        self.last_scored = state_dict["last_scored"]
 
     # What ---------------------------------------------------------------------------------------
 
@@ -156,7 +155,7 @@ class SuiteEvaluation(Callback):
         metrics |= _domain_means(metrics, self.suites)
         if divergences:
             metrics["val/kl_to_base"] = sum(divergences) / len(divergences)
-        self.last, self.last_step = metrics, module.rollouts
+        self.last, self.last_scored = metrics, module.rollouts
         for logger in module.trainer.loggers:
             logger.log_metrics(metrics, step=module.rollouts)
         return metrics

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cotgen_pl.data.prompts import PromptFile, check_facts, read_prompts
+from cotgen_pl.callbacks.base import Observer
+from cotgen_pl.data.prompts import PromptFile, check_scorable, read_prompts
 from cotgen_pl.interfaces import Prompt, Reward, Scores, check_positive, freeze
 from cotgen_pl.modules.base import PolicyModule, scorer_of
 
@@ -26,7 +27,7 @@ LINE = 13  # pixels of a line of text
 CHARACTERS = 24  # of a line of text below a picture of the smallest side
 
 
-class SampleGrid(Callback):
+class SampleGrid(Observer):
     """Draws a grid, a row per prompt, for every logger that takes pictures and for `samples/`.
 
     Prompt and score stand under each picture.
@@ -47,16 +48,9 @@ class SampleGrid(Callback):
         images_per_prompt: int = 4,
         every_n_updates: int = 100,
     ) -> None:
-        check_positive(
-            num_prompts=num_prompts,
-            images_per_prompt=images_per_prompt,
-            every_n_updates=every_n_updates,
-        )
-        self.reward, self.every_n_updates, self.images_per_prompt = (
-            reward,
-            every_n_updates,
-            images_per_prompt,
-        )
+        super().__init__(every_n_updates)
+        check_positive(num_prompts=num_prompts, images_per_prompt=images_per_prompt)
+        self.reward, self.images_per_prompt = reward, images_per_prompt
         prompts = [prompt for file in files for prompt in read_prompts(file)]
         for index, prompt in enumerate(prompts):
             prompt.index = index
@@ -67,40 +61,17 @@ class SampleGrid(Callback):
         """Refuse, before weights load, prompts that cannot be drawn or lack a scorer's facts."""
         assert isinstance(pl_module, PolicyModule)
         if stage == "fit":  # nothing is drawn elsewhere
-            reward = scorer_of(pl_module, self.reward, type(self).__name__)
-            check_facts(self.prompts, reward.required_facts, type(reward).__name__)
+            check_scorable(self.prompts, scorer_of(pl_module, self.reward, type(self).__name__))
             pl_module.policy.check_prompts([prompt.drawn_text for prompt in self.prompts])
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the start."""
-        assert isinstance(pl_module, PolicyModule)
-        if pl_module.rollouts == 0:
-            self.show(trainer, pl_module)
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Draw every so often."""
-        assert isinstance(pl_module, PolicyModule)
-        if pl_module.rollouts % self.every_n_updates == 0:
-            self.show(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the end."""
-        assert isinstance(pl_module, PolicyModule)
-        if pl_module.rollouts % self.every_n_updates:
-            self.show(trainer, pl_module)
+    def observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
+        """Draw the grid, on the first process."""
+        if trainer.is_global_zero:
+            self.show(trainer, module)
 
     @torch.no_grad()
     def show(self, trainer: Trainer, module: PolicyModule) -> None:
-        """Draw, score, log and write the grid, on the first process."""
-        if not trainer.is_global_zero:
-            return
+        """Draw, score, log and write the grid."""
         tokens, _ = module.draw(self.prompts, self.images_per_prompt, "samples")
         images = module.policy.decode(tokens)
         prompts = [prompt for prompt in self.prompts for _ in range(self.images_per_prompt)]
@@ -149,9 +120,8 @@ def draw_grid(
 
 def log_picture(logger: Logger, name: str, picture: Image.Image, step: int) -> None:
     """Send a picture to a logger that takes some: by `log_image`, or as TensorBoard does."""
+    writer: Any = getattr(logger, "experiment", None)
     if hasattr(logger, "log_image"):
         logger.log_image(key=name, images=[picture], step=step)
-    elif hasattr(getattr(logger, "experiment", None), "add_image"):
-        logger.experiment.add_image(  # type: ignore[attr-defined]
-            name, np.asarray(picture), step, dataformats="HWC"
-        )
+    elif hasattr(writer, "add_image"):
+        writer.add_image(name, np.asarray(picture), step, dataformats="HWC")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from cotgen_pl.interfaces import Prompt, check_positive
-from cotgen_pl.shapes.grammar import draw_prompt
+from cotgen_pl.shapes.grammar import Wording, draw_prompt
 from cotgen_pl.shapes.render import render
 from cotgen_pl.shapes.scenes import compose, spoil
 
@@ -28,6 +28,7 @@ class ShapesPictures(IterableDataset[tuple[list[Prompt], Tensor]]):
         start: The first batch to yield.
         wrong_share: Share of the pictures that are wrong on purpose, so that a model trained on
             them has something left to learn from rewards.
+        in_domain_share: Share of the prompts in the in-domain wording, whose pictures ask more.
         seed: Of prompts and pictures.
         rank: Number of this process.
         world_size: Number of processes.
@@ -39,6 +40,7 @@ class ShapesPictures(IterableDataset[tuple[list[Prompt], Tensor]]):
         num_batches: int,
         start: int = 0,
         wrong_share: float = 0.0,
+        in_domain_share: float = 0.5,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -46,7 +48,7 @@ class ShapesPictures(IterableDataset[tuple[list[Prompt], Tensor]]):
         super().__init__()
         self.rank, self.world_size = rank, world_size
         self.batch_size, self.num_batches, self.start = batch_size, num_batches, start
-        self.wrong_share, self.seed = wrong_share, seed
+        self.wrong_share, self.in_domain_share, self.seed = wrong_share, in_domain_share, seed
 
     def __len__(self) -> int:
         return self.num_batches
@@ -59,7 +61,9 @@ class ShapesPictures(IterableDataset[tuple[list[Prompt], Tensor]]):
             yield [prompt for prompt, _ in drawn], torch.stack([picture for _, picture in drawn])
 
     def _draw(self, rng: random.Random) -> tuple[Prompt, Tensor]:
-        prompt = draw_prompt(rng, wording="both", words="all", pairs="all")
+        in_domain = rng.random() < self.in_domain_share
+        wording: Wording = "in_domain" if in_domain else "geneval"
+        prompt = draw_prompt(rng, wording=wording, words="all", pairs="all")
         objects = compose(prompt, rng)
         if rng.random() < self.wrong_share:
             objects = spoil(prompt, objects, rng)
@@ -73,6 +77,7 @@ class PictureData(LightningDataModule):
         batch_size: Pictures per optimizer step, on one process.
         num_batches: Optimizer steps of the run.
         wrong_share: Share of the pictures that are wrong on purpose.
+        in_domain_share: Share of the prompts in the in-domain wording; the rest has GenEval's.
         seed: Of prompts and pictures.
     """
 
@@ -81,16 +86,18 @@ class PictureData(LightningDataModule):
         batch_size: int = 64,
         num_batches: int = 1000,
         wrong_share: float = 0.0,
+        in_domain_share: float = 0.5,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= wrong_share <= 1:
-            raise ValueError(
-                f"expected wrong_share in [0, 1], got {wrong_share}; it is a share of the pictures"
-            )
+        for name, share in {"wrong": wrong_share, "in_domain": in_domain_share}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(
+                    f"expected {name}_share in [0, 1], got {share}; it is a share of the pictures"
+                )
         check_positive(batch_size=batch_size, num_batches=num_batches)
         self.batch_size, self.num_batches = batch_size, num_batches
-        self.wrong_share, self.seed = wrong_share, seed
+        self.wrong_share, self.in_domain_share, self.seed = wrong_share, in_domain_share, seed
 
     def setup(self, stage: str) -> None:
         """Refuse, before weights load, a module that draws its own pictures."""
@@ -110,6 +117,7 @@ class PictureData(LightningDataModule):
             self.num_batches,
             trainer.fit_loop.epoch_loop.batch_progress.total.processed,
             self.wrong_share,
+            self.in_domain_share,
             self.seed,
             trainer.global_rank,
             trainer.world_size,

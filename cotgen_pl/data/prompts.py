@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice
@@ -19,9 +18,17 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from cotgen_pl.data.formats import ORIGIN, PromptFile, read_prompts
-from cotgen_pl.interfaces import Prompt
+from cotgen_pl.interfaces import Prompt, Reward
 
-__all__ = ["PromptData", "PromptFile", "PromptStream", "check_facts", "find_leaks", "read_prompts"]
+__all__ = [
+    "PromptData",
+    "PromptFile",
+    "PromptStream",
+    "check_facts",
+    "check_scorable",
+    "find_leaks",
+    "read_prompts",
+]
 
 # Consecutive multiples of the golden ratio, modulo 1, are spread evenly, however many they are.
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -37,11 +44,27 @@ def check_facts(prompts: Sequence[Prompt], required_facts: Sequence[str], reward
         missing = [fact for fact in required_facts if fact not in present]
         if missing:
             raise ValueError(
-                f"{prompt.facts.get(ORIGIN, f'prompt {number}')}: expected the facts "
+                f"{_place(prompt, number)}: expected the facts "
                 f"{list(required_facts)} for reward {reward_name}, got "
                 f"{sorted(present - {ORIGIN})} without {missing}; add them to the file, or take a "
                 "reward that needs none of them"
             )
+
+
+def check_scorable(prompts: Sequence[Prompt], reward: Reward) -> None:
+    """Raise a ValueError naming file and line unless a reward can judge by all prompts' facts.
+
+    A reward that reads into its facts may have `check_facts(facts)`, which raises a ValueError.
+    """
+    check_facts(prompts, reward.required_facts, type(reward).__name__)
+    check_inside = getattr(reward, "check_facts", None)
+    if check_inside is None:
+        return
+    for number, prompt in enumerate(prompts):
+        try:
+            check_inside(prompt.facts)
+        except ValueError as error:
+            raise ValueError(f"{_place(prompt, number)}: {error}") from error
 
 
 def find_leaks(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[tuple[Prompt, Prompt]]:
@@ -96,6 +119,8 @@ class PromptStream(IterableDataset[list[Prompt]]):
         prompts_per_batch: P, over all processes.
         num_batches: Of the whole run; this is the stream's length wherever it starts.
         start: The first batch to yield.
+        parts: Each from prompts of its own: batch k is in part floor(k * parts / num_batches),
+            prompt i in part i modulo their number.
         seed: Of the order.
         rank: Number of this process.
         world_size: Number of processes.
@@ -109,16 +134,19 @@ class PromptStream(IterableDataset[list[Prompt]]):
         prompts_per_batch: int,
         num_batches: int,
         start: int = 0,
+        parts: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         _check_batches(prompts_per_batch, num_batches, world_size)
+        assert parts <= len(prompts), "a part has a prompt"
         self.prompts = prompts
         self.weights = weights
         self.prompts_per_batch = prompts_per_batch
         self.num_batches = num_batches
         self.start = start
+        self.parts = parts
         self.seed = seed
         share = prompts_per_batch // world_size
         self.share = slice(rank * share, (rank + 1) * share)
@@ -127,14 +155,24 @@ class PromptStream(IterableDataset[list[Prompt]]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[Prompt]]:
-        draws = chain.from_iterable(draw_passes(self.weights, self.seed))
-        rest = islice(draws, self.start * self.prompts_per_batch, None)
+        rest = islice(self._draws(), self.start * self.prompts_per_batch, None)
         for _ in range(self.start, self.num_batches):
             batch = list(islice(rest, self.prompts_per_batch))
             yield [
                 replace(self.prompts[index], index=index, occurrence=occurrence)
                 for index, occurrence in batch[self.share]
             ]
+
+    def _draws(self) -> Iterator[tuple[int, int]]:
+        """Index and occurrence of each draw of the run, part after part."""
+        for part in range(self.parts):
+            first, end = (-(-k * self.num_batches // self.parts) for k in (part, part + 1))
+            weights = [
+                weight if index % self.parts == part else 0.0
+                for index, weight in enumerate(self.weights)
+            ]
+            draws = chain.from_iterable(draw_passes(weights, self.seed))
+            yield from islice(draws, (end - first) * self.prompts_per_batch)
 
 
 class PromptData(LightningDataModule):
@@ -176,15 +214,13 @@ class PromptData(LightningDataModule):
         """All prompts to train on, in the order of the files."""
         self.weights = [file.weight for file, part in zip(files, parts, strict=True) for _ in part]
         self.seed = seed
+        self.parts = 1
+        """Parts of the run with prompts of their own; `IterativeRounds` sets it."""
         self.predict_batch_size = predict_batch_size
         self.predict_prompts = self.prompts
         if predict_files is not None:
             parts = [read_prompts(file)[:limit] for file in predict_files]
             self.predict_prompts = _number(chain.from_iterable(parts))
-
-    def check_facts(self, required_facts: Sequence[str], reward_name: str) -> None:
-        """Raise a ValueError naming file and line unless all `prompts` have what a reward needs."""
-        check_facts(self.prompts, required_facts, reward_name)
 
     def setup(self, stage: str) -> None:
         """Refuse, before weights load, a run that the prompts do not fit."""
@@ -205,7 +241,7 @@ class PromptData(LightningDataModule):
                 f"got {type(module).__name__}, which has no prompts_per_batch; use PictureData, or "
                 "GRPOModule"
             )
-        self.check_facts(module.reward.required_facts, type(module.reward).__name__)
+        check_scorable(self.prompts, module.reward)
         _check_batches(module.prompts_per_batch, module.num_rollouts, trainer.world_size)
         _check_drawable(module, self.prompts)
 
@@ -222,18 +258,22 @@ class PromptData(LightningDataModule):
             prompts_per_batch=trainer.lightning_module.prompts_per_batch,
             num_batches=trainer.lightning_module.num_rollouts,
             start=start,
+            parts=self.parts,
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        _silence_loader_advice()
         return DataLoader(stream, batch_size=None)
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """The prompts in order, in batches of `predict_batch_size`."""
-        _silence_loader_advice()
         dataset: Any = self.predict_prompts  # a list has all that a map-style data set needs
         return DataLoader(dataset, batch_size=self.predict_batch_size, collate_fn=list)
+
+
+def _place(prompt: Prompt, number: int) -> str:
+    """Where a prompt stands: path and line, or its number where no file holds it."""
+    return str(prompt.facts.get(ORIGIN, f"prompt {number}"))
 
 
 def _normalise(text: str) -> str:
@@ -259,13 +299,3 @@ def _check_batches(prompts_per_batch: int, num_batches: int, world_size: int) ->
             f"{prompts_per_batch} prompts per batch do not split over {world_size} processes; set "
             f"images_per_update to group_size times a multiple of {world_size}"
         )
-
-
-def _silence_loader_advice() -> None:
-    """Drop Lightning's advice for loaders that read pictures or cannot resume: these do neither."""
-    for message in (
-        "The '.*_dataloader' does not have many workers",
-        "Your `IterableDataset` has `__len__` defined",
-        "You're resuming from a checkpoint that ended before the epoch ended",
-    ):
-        warnings.filterwarnings("ignore", message=message)

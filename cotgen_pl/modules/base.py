@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cotgen_pl.interfaces import Policy, Prompt, Reward
+from cotgen_pl.adapters import lend_weights
+from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores
 from cotgen_pl.metrics import MAXIMA, MINIMA
 from cotgen_pl.sampling import check_guidance, noise_seed, sample_tokens
 
@@ -55,11 +57,13 @@ class PolicyModule(LightningModule):
             )
         self.policy, self.optimizer, self.lr_scheduler = policy, optimizer, lr_scheduler
         self.guidance, self.temperature, self.seed = guidance, temperature, seed
+        self.reference: Policy | None = None  # the frozen twin of a module that holds one
         self.images_sampled = 0
         self.rollouts = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.predict_sampling: dict[str, Any] = {}
         self._start_weights: dict[str, Tensor] = {}
+        self._reference_weights: dict[str, Tensor] = {}  # empty: those of the start
         self._random_state: Tensor | None = None  # of a checkpoint, until it is set
 
     # Preparation ------------------------------------------------------------------------------
@@ -78,9 +82,18 @@ class PolicyModule(LightningModule):
         """Read the weights and remember those that will change."""
         self.policy.load()
         if not self._start_weights:
-            self._start_weights = {
-                name: p.detach().cpu().clone() for name, p in self._trained().items()
-            }
+            self._start_weights = self._copy_weights()
+            self._make_reference()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether training reads a frozen twin of the policy, step by step."""
+        return False
+
+    @property
+    def compares(self) -> bool:
+        """Whether training compares the policy with a reference, held as a twin or not."""
+        return self.needs_reference
 
     def configure_optimizers(self) -> Any:
         """The optimizer over what trains, and its schedule."""
@@ -90,6 +103,13 @@ class PolicyModule(LightningModule):
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def restart_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        """A new learning-rate schedule, from its first step."""
+        assert self.lr_scheduler is not None
+        for group in optimizer.param_groups:
+            group["lr"] = group.pop("initial_lr")
+        return self.lr_scheduler(optimizer)
+
     def on_train_start(self) -> None:
         """Tell the loggers where the run stands, before it logs: it may be a resumed one."""
         for logger in self.loggers:
@@ -98,18 +118,32 @@ class PolicyModule(LightningModule):
     def _trained(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
 
+    def _copy_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in self._trained().items()}
+
     @contextmanager
     def start_weights(self) -> Iterator[Policy]:
         """The policy as it was before training, while the context lasts."""
-        trained = self._trained()
-        now = {name: parameter.data for name, parameter in trained.items()}
-        try:
-            for name, parameter in trained.items():
-                parameter.data = self._start_weights[name].to(parameter)
+        with lend_weights(self.policy, self._start_weights):
             yield self.policy
-        finally:
-            for name, parameter in trained.items():
-                parameter.data = now[name]
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[Policy]:
+        """The policy as its reference is, while the context lasts."""
+        with lend_weights(self.policy, self._reference_weights or self._start_weights):
+            yield self.policy
+
+    def refresh_reference(self) -> None:
+        """From now on, the reference has the weights of now."""
+        if self.compares:
+            self._reference_weights = self._copy_weights()
+            self._make_reference()
+
+    def _make_reference(self) -> None:
+        if self.needs_reference:
+            self.reference = None  # the old one's memory goes before the new one comes
+            with self.reference_weights() as policy:
+                self.reference = policy.reference()
 
     def check_finite(self, value: Tensor, name: str, update: int | None = None) -> None:
         """Raise a ValueError that names the step unless a loss or norm is a number.
@@ -150,22 +184,74 @@ class PolicyModule(LightningModule):
         Returns:
             Tokens and log-probabilities, [P * copies, T] each.
         """
+        seeds = self.noise_seeds(prompts, copies, stream, first_copy)
+        settings = {"guidance": self.guidance, "temperature": self.temperature} | sampling
+        texts = [prompt.drawn_text for prompt in prompts]
+        with self.precision():
+            return sample_tokens(self.policy, texts, seeds=seeds, **settings)
+
+    def noise_seeds(
+        self, prompts: Sequence[Prompt], copies: int, stream: str, first_copy: int = 0
+    ) -> list[int]:
+        """The seeds that `draw` takes: P * copies, the copies of prompt 0 first."""
         rollout = self.rollouts if stream == "rollout" else 0
-        seeds = [
+        return [
             noise_seed(
                 self.seed, stream, rollout, prompt.index, prompt.occurrence, first_copy + copy
             )
             for prompt in prompts
             for copy in range(copies)
         ]
-        settings = {"guidance": self.guidance, "temperature": self.temperature} | sampling
-        texts = [prompt.drawn_text for prompt in prompts]
-        with self.precision():
-            return sample_tokens(self.policy, texts, seeds=seeds, **settings)
+
+    @contextmanager
+    def own_random_state(self, *key: int | str) -> Iterator[None]:
+        """Key torch's random state by (run seed, key) while the context lasts.
+
+        A reward that uses it then scores the same when an interruption has it score again, and
+        changes nothing that comes after.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(noise_seed(self.seed, *key))
+            yield
 
     def precision(self) -> AbstractContextManager[Any]:
         """The trainer's precision, for work outside of its own steps."""
         return self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
+
+    @torch.no_grad()
+    def score(self, reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """A reward's verdict on pictures [B, 3, H, W], in the reward's own precision."""
+        with torch.autocast(images.device.type, enabled=False):
+            scores: Scores = reward.score(images, prompts)
+        return scores
+
+    # Images drawn for training --------------------------------------------------------------------
+
+    def count_drawn(self, images: int) -> None:
+        """Note images that this process drew for training, in a file that outlives a kill."""
+        path = self._drawn_folder / f"{self.global_rank}.txt"
+        before = int(path.read_text()) if path.exists() else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(f"{before + images}\n")
+        part.replace(path)
+
+    @property
+    def _drawn_folder(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "drawn"
+
+    def _read_drawn(self) -> int:
+        """This process's share of all files: before a resume, there may have been more of them."""
+        rank, number = self.global_rank, self.trainer.world_size
+        paths = [p for p in self._drawn_folder.glob("*.txt") if int(p.stem) % number == rank]
+        return sum(int(path.read_text()) for path in paths)
+
+    def image_counts(self) -> dict[str, float]:
+        """Images of all processes: sampled for training, and redrawn after an interruption."""
+        drawn = int(self.sum_over_processes(torch.tensor(self._read_drawn())))
+        sampled = self.images_sampled
+        return {"images_sampled": float(sampled), "images_redrawn": float(drawn - sampled)}
 
     # Processes, clocks and loggers ------------------------------------------------------------
 
@@ -227,15 +313,23 @@ class PolicyModule(LightningModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add counters and torch's random state."""
+        """Add counters, torch's random state and the weights of a refreshed reference."""
+        checkpoint["reference"] = self._reference_weights
         checkpoint["progress"] = {"images_sampled": self.images_sampled, "rollouts": self.rollouts}
-        checkpoint["random_state"] = torch.get_rng_state()
+        pending = self._random_state  # of a resumed run that has had no batch yet
+        checkpoint["random_state"] = torch.get_rng_state() if pending is None else pending
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up counters and, in time for the next batch, torch's random state."""
         self.images_sampled = checkpoint["progress"]["images_sampled"]
         self.rollouts = checkpoint["progress"]["rollouts"]
         self._random_state = checkpoint["random_state"].cpu()
+        begins_folder = self.trainer.state.fn == "fit" and not self._drawn_folder.exists()
+        if begins_folder and self.trainer.is_global_zero:
+            self.count_drawn(self.images_sampled)  # in another folder
+        if checkpoint["reference"]:
+            self._reference_weights = checkpoint["reference"]
+            self._make_reference()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the random state of a resumed run, now that data loaders have drawn their seeds."""

@@ -127,7 +127,6 @@ class GRPOModule(PolicyModule):
         check_choice("logprobs", logprobs, LogprobMode)
         _check_weights(kl_penalty, gradient_clip)
         self.reward = reward
-        self.reference: Policy | None = None
         self.images_budget, self.images_per_update = images_budget, images_per_update
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
         self.updates_per_rollout, self.logprobs = updates_per_rollout, logprobs
@@ -161,11 +160,14 @@ class GRPOModule(PolicyModule):
         return -(-self.images_budget // self.images_per_update)
 
     def configure_model(self) -> None:
-        """Read the weights of policy and reward; keep a frozen start policy for a KL term."""
+        """Read the weights of reward and policy."""
+        freeze(self.reward.load())  # first: what cannot be found is found out before the long wait
         super().configure_model()
-        freeze(self.reward.load())
-        if (self.kl_coef or self.kl_penalty) and self.reference is None:
-            self.reference = self.policy.reference()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is a KL term."""
+        return bool(self.kl_coef or self.kl_penalty)
 
     def _check_loss_settings(self) -> None:
         """Let the loss itself refuse what it cannot do, before weights load."""
@@ -246,17 +248,12 @@ class GRPOModule(PolicyModule):
             tokens, logprobs = self.draw(prompts, self.group_size, "rollout", first_copy)
             images = self.policy.decode(tokens)
         with self.phase("reward"):
-            scores = self.score(images, [p for p in prompts for _ in range(self.group_size)])
+            repeated = [prompt for prompt in prompts for _ in range(self.group_size)]
+            scores = self.score(self.reward, images, repeated)
         check_scores(scores, len(tokens), type(self.reward).__name__, verdict_needed=not first_copy)
         self._images_drawn += len(tokens)
+        self.count_drawn(len(tokens))
         return tokens, logprobs, scores
-
-    @torch.no_grad()
-    def score(self, images: Tensor, prompts: list[Prompt]) -> Scores:
-        """The reward's verdict, in the reward's own precision."""
-        with torch.autocast(images.device.type, enabled=False):
-            scores: Scores = self.reward.score(images, prompts)
-        return scores
 
     def _with_penalty(self, scores: Scores, rollout: Rollout) -> Scores:
         """The verdict with the divergence from the start policy as one more, negative part."""
@@ -362,7 +359,7 @@ class GRPOModule(PolicyModule):
     def _log_performance(self, seconds: float) -> None:
         metrics = {f"{name}_s": spent for name, spent in self.seconds.items()}
         speed = self._images_drawn * self.trainer.world_size / seconds
-        metrics |= {"images_per_s": speed, "images_sampled": float(self.images_sampled)}
+        metrics |= {"images_per_s": speed, **self.image_counts()}
         metrics["peak_memory_gb"] = peak_memory_gb(self.device)
         self.log_all("perf/", metrics)
         self.log("images/s", speed, prog_bar=True, logger=False)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
 from transformers.cache_utils import DynamicCache
 
-from cotgen_pl.adapters import AdaptersOff, LoraSettings, add_adapters, quantization_config
+from cotgen_pl.adapters import AdaptersThen, LoraSettings, add_adapters, quantization_config
 from cotgen_pl.cache import Decoding, StaticCache
 from cotgen_pl.checkpoints import (
     TEMPLATES,
     expand_home,
+    prepare_pictures,
     read_config,
     read_processor,
     read_weights,
@@ -357,10 +358,14 @@ class JanusPolicy(Policy):
         with torch.autocast(images.device.type, enabled=False):
             return vq.encode(pixels).image_tokens.view(len(images), self.num_tokens)
 
+    def prepare(self, pictures: Sequence[Any]) -> Tensor:
+        """Resize and pad as the checkpoint's own processor does; see `Policy.prepare`."""
+        return prepare_pictures(self.processor.image_processor, pictures)
+
     def reference(self) -> Policy:
-        """A frozen twin that shares what is frozen already; under LoRA, itself without adapters."""
+        """A frozen twin that shares what is frozen already; under LoRA, see `AdaptersThen`."""
         if self.lora:
-            return AdaptersOff(self)
+            return AdaptersThen(self)
         shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
         buffers, self._buffers_for_decoding = self._buffers_for_decoding, None
         twin = copy.deepcopy(self, shared)
@@ -374,11 +379,7 @@ class JanusPolicy(Policy):
         return list(self.janus.model.language_model.layers)
 
     def check_export(self, *, merge_adapters: bool) -> None:
-        """Refuse an export that cannot be made; needs no weights.
-
-        Raises:
-            ValueError: Adapters are to be merged into quantised weights.
-        """
+        """Raise a ValueError if adapters are to be merged into quantised weights; loads nothing."""
         if self.quantize and merge_adapters:
             raise ValueError(
                 f"expected merge_adapters: false beside quantize: {self.quantize}, got true, and "

@@ -7,11 +7,12 @@ default here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cotgen_pl.interfaces import Prompt, Reward, Scores
+from cotgen_pl.interfaces import Prompt, Reward, Scores, check_scores
 
 
 def standardise_scores(values: Tensor) -> Tensor:
@@ -64,6 +65,13 @@ class Ensemble(Reward):
         self.members = nn.ModuleList(rewards.values())  # a ModuleDict would refuse names with a dot
         facts = [fact for reward in rewards.values() for fact in reward.required_facts]
         self.required_facts = tuple(dict.fromkeys(facts))
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """Raise a ValueError for facts that one of the rewards cannot judge by."""
+        for reward in self.rewards.values():
+            check = getattr(reward, "check_facts", None)
+            if check is not None:
+                check(facts)
 
     def load(self) -> Ensemble:
         """Read the weights of every reward; a second call does nothing."""
@@ -120,12 +128,7 @@ def _check_verdict(name: str, verdict: Scores, num_images: int) -> None:
             f"ensemble: expected Scores from the reward {name}, got {type(verdict).__name__}; "
             "return Scores.single(name, values) from its score()"
         )
-    for part, values in {"total": verdict.total, **verdict.parts}.items():
-        if values.shape != (num_images,):
-            raise ValueError(
-                f"ensemble: expected {part} of the reward {name} in the shape ({num_images},), one "
-                f"score per image, got {tuple(values.shape)}; return one float per image"
-            )
+    check_scores(verdict, num_images, name, verdict_needed=False)
 
 
 def _join_details(verdicts: dict[str, Scores], num_images: int) -> list[dict[str, object]] | None:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cotgen_pl.interfaces import Prompt, Reward, Scores
-from cotgen_pl.shapes.judge import graded, judge_compbench, judge_geneval, strict
+from cotgen_pl.shapes.judge import (
+    check_compbench_facts,
+    check_geneval_facts,
+    graded,
+    judge_compbench,
+    judge_geneval,
+    strict,
+)
 from cotgen_pl.shapes.recognise import recognise
 
 
@@ -33,8 +40,14 @@ class ShapesOracle(Reward):
             raise ValueError(
                 f"rules: expected compbench or geneval, got {rules!r}; name one of the two"
             )
+        self.rules = rules
         self.required_facts = ("objects",) if rules == "compbench" else ("include",)
         self._judge = judge_compbench if rules == "compbench" else judge_geneval
+        self._check = check_compbench_facts if rules == "compbench" else check_geneval_facts
+
+    def check_facts(self, facts: dict[str, Any]) -> None:
+        """Raise a ValueError for facts that the rules cannot judge by, before weights load."""
+        self._check(facts)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score pictures [B, 3, 32, 32] in [0, 1]; details: clauses that failed, objects read."""

@@ -146,13 +146,16 @@ def build_janus(tokenizer: Any, seed: int = 0, **sizes: Any) -> Any:
     """A randomly initialised `JanusForConditionalGeneration`; `sizes` as in `build_config`.
 
     The 8-wide code embedding starts at unit length and the two small MLPs around it at their
-    layers' own scale: at 0.02 the tokens already drawn would hardly reach the language model.
+    layers' own scale: at 0.02 the tokens already drawn would hardly reach the language model. Words
+    start at scale 1, that of what the layers add to them: at the layers' own, binding words to
+    each other takes three times as many steps.
     """
     from transformers import GenerationConfig, JanusForConditionalGeneration
 
     torch.manual_seed(seed)
     model = JanusForConditionalGeneration(build_config(tokenizer, **sizes))
     nn.init.normal_(model.model.generation_embeddings.weight, std=8**-0.5)
+    nn.init.normal_(model.model.language_model.embed_tokens.weight)
     for part in (model.model.generation_aligner, model.model.generation_head, model.model.vqmodel):
         for layer in part.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):

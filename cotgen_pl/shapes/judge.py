@@ -10,7 +10,7 @@ which share most of their words).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, permutations, product
 from typing import Any
 
@@ -20,6 +20,8 @@ from cotgen_pl.shapes.render import CELL, GRID, Placed
 NEAR = 150 / 479 * GRID * CELL  # T2I-CompBench's 150 pixels, at this picture's size: 10 pixels
 POSITION_MARGIN = 0.1  # of both objects' sizes; GenEval
 POSITION_SHARE = 0.5  # of the distance that must lie along the named direction; GenEval
+RELATIONS = ("left", "right", "above", "below", "next to")  # in domain
+POSITIONS = ("left of", "right of", "above", "below")  # out of domain
 
 Facts = dict[str, Any]
 Box = tuple[float, float, float, float]
@@ -31,6 +33,31 @@ def judge(facts: Facts, recognition: Recognition) -> Clauses:
     if "objects" in facts:
         return judge_compbench(facts, recognition)
     return judge_geneval(facts, recognition)
+
+
+def check_compbench_facts(facts: Facts) -> None:
+    """Raise a ValueError unless `judge_compbench` can read a prompt's facts."""
+    objects = facts.get("objects") or None  # an empty list asks for nothing
+    form = (
+        '{"shape": text, "color": text or null, "texture": text or null, "count": 1 or more, '
+        '"numbered": true or false}'
+    )
+    _check_items("objects", objects, form, lambda place, item: _is_asked(item))
+    form = f"[number of an object, one out of {RELATIONS}, number of an object]"
+    number = len(facts["objects"])
+    _check_items(
+        "relations", facts.get("relations"), form, lambda place, item: _is_relation(item, number)
+    )
+
+
+def check_geneval_facts(facts: Facts) -> None:
+    """Raise a ValueError unless `judge_geneval` can read a prompt's facts."""
+    form = (
+        '{"class": text, "count": 1 or more} with optional "color": text, "texture": text and '
+        f'"position": [one out of {POSITIONS}, number of an earlier clause of include]'
+    )
+    _check_items("include", facts.get("include") or None, form, _is_clause)
+    _check_items("exclude", facts.get("exclude", []), form, _is_clause)
 
 
 def graded(clauses: Clauses) -> float:
@@ -146,6 +173,56 @@ def relative_positions(a: Box, b: Box) -> set[str]:
         "below": dy > POSITION_SHARE,
     }
     return {name for name, holds in relations.items() if holds}
+
+
+def _check_items(name: str, items: Any, form: str, fits: Callable[[int, Any], bool]) -> None:
+    """Raise a ValueError for the first item of a fact that is not as it must be."""
+    if isinstance(items, list):
+        wrong = [item for place, item in enumerate(items) if not fits(place, item)]
+    else:
+        wrong = [items]
+    if wrong:
+        raise ValueError(
+            f"expected a list under {name!r}, each of the form {form}, got {wrong[0]!r}; correct "
+            "this prompt's facts, or score it by another reward"
+        )
+
+
+def _is_asked(item: Any) -> bool:
+    match item:
+        case {
+            "shape": str(),
+            "color": str() | None,
+            "texture": str() | None,
+            "count": int(count),
+            "numbered": bool(),
+        }:
+            return count >= 1
+    return False
+
+
+def _is_relation(item: Any, num_objects: int) -> bool:
+    match item:
+        case [int(i), relation, int(j)]:
+            return relation in RELATIONS and 0 <= i < num_objects and 0 <= j < num_objects
+    return False
+
+
+def _is_clause(place: int, item: Any) -> bool:
+    match item:
+        case {"class": str(), "count": int(count), **rest} if count >= 1:
+            words = [rest[name] for name in ("color", "texture") if name in rest]
+            return all(isinstance(word, str) for word in words) and (
+                "position" not in rest or _is_position(rest["position"], place)
+            )
+    return False
+
+
+def _is_position(position: Any, place: int) -> bool:
+    match position:
+        case [relation, int(target)]:
+            return relation in POSITIONS and 0 <= target < place
+    return False
 
 
 def _fits(item: Facts, found: Placed) -> bool:

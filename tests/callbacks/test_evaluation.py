@@ -219,11 +219,27 @@ def test_start_middle_and_end_are_scored_and_the_table_printed(tiny_janus, tmp_p
     assert ["id/near/color", f"{start:.3f}", f"{end:.3f}", f"{end - start:+.3f}"] in table
 
 
-@pytest.mark.parametrize("limits", [{"max_steps": 3}, {"max_steps": 2}])
+@pytest.mark.parametrize("limits", [{"max_steps": 3}, {"max_steps": 2}, {"limit_train_batches": 3}])
 def test_a_run_that_is_stopped_early_is_scored_at_its_end(tiny_janus, tmp_path, limits):
     module = make_grpo(tiny_janus, images_budget=80)
-    rows = fit(module, tmp_path, evaluation_of(tmp_path, every_n_updates=2), **limits).logger.rows
-    assert "val/ood/mean" in rows[limits["max_steps"]]
+    evaluation = evaluation_of(tmp_path, every_n_updates=2)
+    trainer = fit(module, tmp_path, evaluation, **limits)
+    score = trainer.logger.rows[next(iter(limits.values()))]["val/ood/mean"]
+    assert trainer.callback_metrics["val/ood/mean"].item() == pytest.approx(score)  # for `best`
+
+
+def test_a_run_that_stops_after_its_last_batch_is_scored_then(tiny_janus, tmp_path):
+    class StopLate(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    module = make_grpo(tiny_janus, images_budget=24)
+    data = PromptData([write_rows(tmp_path)])
+    data.setup = lambda stage: None  # which allows one epoch only
+    evaluation = evaluation_of(tmp_path, every_n_updates=100)
+    trainer = make_trainer(tmp_path, evaluation, StopLate(), max_epochs=2, limit_train_batches=2)
+    trainer.fit(module, data)
+    assert [step for step, row in trainer.logger.rows.items() if "val/ood/mean" in row] == [0, 2]
 
 
 def test_two_of_them_keep_their_own_scores_in_a_checkpoint(tmp_path):
@@ -231,9 +247,9 @@ def test_two_of_them_keep_their_own_scores_in_a_checkpoint(tmp_path):
     one = SuiteEvaluation([Suite("one", "id", [file], Brightness())])
     two = SuiteEvaluation([Suite("two", "id", [file], Brightness())])
     assert one.state_key != two.state_key
-    one.first, one.last, one.last_step = {"val/id/mean": 0.5}, {"val/id/mean": 0.75}, 7
+    one.first, one.last = {"val/id/mean": 0.5}, {"val/id/mean": 0.75}
     two.load_state_dict(one.state_dict())
-    assert (two.first, two.last, two.last_step) == (one.first, one.last, 7)
+    assert (two.first, two.last) == (one.first, one.last)
 
 
 def test_table():
@@ -302,7 +318,7 @@ def test_missing_facts_stop_a_run_before_weights_load(tiny_janus, tmp_path, monk
     suite = Suite("near", "id", [write_rows(tmp_path)], Marked() if own else None)
     module = make_grpo(tiny_janus, Brightness() if own else Marked())
     if not own:
-        monkeypatch.setattr(PromptData, "check_facts", lambda *args: None)
+        monkeypatch.setattr(PromptData, "setup", lambda self, stage: None)
     with pytest.raises(ValueError, match=r"held_out.jsonl:1: expected the facts \['mark'\]"):
         fit(module, tmp_path, SuiteEvaluation([suite]))
 

@@ -2,9 +2,8 @@
 
 import json
 import os
-import warnings
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +18,12 @@ from cotgen_pl.data.prompts import (
     PromptFile,
     PromptStream,
     check_facts,
+    check_scorable,
     draw_passes,
     find_leaks,
     read_prompts,
 )
-from cotgen_pl.interfaces import Prompt
+from cotgen_pl.interfaces import Prompt, Reward
 from cotgen_pl.modules.sft import SFTModule
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex", "scene")
@@ -54,8 +54,31 @@ def test_missing_fact_is_named_with_file_and_line(tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         check_facts(prompts, ["nouns", "count"], "judge")
-    with pytest.raises(ValueError, match=message):
-        PromptData([PromptFile(str(path), "jsonl")]).check_facts(("nouns", "count"), "judge")
+
+
+class Reader(Reward):
+    """Reads into the fact `objects`: each must have a shape."""
+
+    required_facts = ("objects",)
+
+    def check_facts(self, facts):
+        if any("shape" not in item for item in facts["objects"]):
+            raise ValueError("expected a shape, got none")
+
+    def score(self, images, prompts):
+        raise AssertionError("nothing is scored here")
+
+
+def test_what_is_missing_inside_a_fact_is_named_with_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    objects = [[{"shape": "circle"}], [{"shape": "circle"}, {"color": "red"}]]
+    path.write_text("\n".join(json.dumps({"prompt": "p", "objects": item}) for item in objects))
+    prompts = read_prompts(PromptFile(str(path), "jsonl"))
+    check_scorable(prompts[:1], Reader())
+    with pytest.raises(ValueError, match=f"^{path}:2: expected a shape, got none$"):
+        check_scorable(prompts, Reader())
+    with pytest.raises(ValueError, match=r"^prompt 1: expected the facts \['objects'\]"):
+        check_scorable([prompts[0], Prompt("q")], Reader())
 
 
 def test_missing_fact_of_a_prompt_that_no_file_holds():
@@ -138,6 +161,20 @@ def test_stream_leaves_the_data_set_as_it_is():
     source = PromptStream(prompts, [1.0] * 4, prompts_per_batch=2, num_batches=6)
     assert len(list(source)) == 6
     assert prompts == numbered(4)
+
+
+@pytest.mark.parametrize(("num_batches", "ends"), [(6, [2, 4, 6]), (7, [3, 5, 7]), (4, [2, 3, 4])])
+def test_parts_have_prompts_of_their_own(num_batches, ends):
+    settings = {"prompts_per_batch": 4, "num_batches": num_batches, "parts": 3}
+    whole = list(PromptStream(numbered(7), [1.0, 0.5] * 3 + [2.0], **settings))
+    assert len(whole) == num_batches
+    for part, (first, end) in enumerate(pairwise([0, *ends])):
+        drawn = [prompt.index for batch in whole[first:end] for prompt in batch]
+        assert {index % 3 for index in drawn} == {part}
+    keys = [(prompt.index, prompt.occurrence) for batch in whole for prompt in batch]
+    assert len(set(keys)) == len(keys)
+    later = PromptStream(numbered(7), [1.0, 0.5] * 3 + [2.0], **settings, start=3)
+    assert list(later) == whole[3:]
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6])
@@ -322,26 +359,17 @@ def every_batch(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
 
 
-def test_run_of_one_epoch_sees_all_its_batches_without_noise(prompt_file):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        batches = fit(Recorder(), prompt_file)
+def test_run_of_one_epoch_sees_all_its_batches(prompt_file):
+    batches = fit(Recorder(), prompt_file)
     assert [len(batch) for batch in batches] == [3] * 7
     assert len({draw for batch in batches for draw in batch}) == 21
-    about_loaders = ("workers", "IterableDataset", "resuming")
-    messages = [str(warning.message) for warning in caught]
-    assert not [text for text in messages if any(word in text for word in about_loaders)]
 
 
 @pytest.mark.parametrize("finished", [1, 3, 6, 7])
 def test_resumed_run_sees_exactly_the_remaining_batches(prompt_file, tmp_path, finished):
     whole = fit(Recorder(), prompt_file, every_batch(tmp_path / "run"))
     checkpoint = tmp_path / "run" / f"step={2 * finished}.ckpt"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        rest = fit(Recorder(), prompt_file, checkpoint=checkpoint)
-    assert rest == whole[finished:]
-    assert not [warning for warning in caught if "resuming" in str(warning.message)]
+    assert fit(Recorder(), prompt_file, checkpoint=checkpoint) == whole[finished:]
 
 
 def test_run_may_be_resumed_again_and_again(prompt_file, tmp_path):

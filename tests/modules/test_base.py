@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from cotgen_pl.data.prompts import PromptData
 from tests.toys import (
     Snapshots,
     fit,
@@ -13,6 +14,7 @@ from tests.toys import (
     make_policy,
     make_trainer,
     numbered_prompts,
+    write_prompts,
 )
 
 
@@ -164,3 +166,53 @@ def test_checkpoint_of_another_trained_part_is_refused(tiny_janus, tmp_path, che
     message = f"holds {len(weights)} trained weights, .*; use the configuration that wrote it"
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path).validate(module, ckpt_path=str(path), verbose=False)
+
+
+# Images drawn -----------------------------------------------------------------------------------
+
+
+def test_images_count_in_another_folder_as_in_their_own(tiny_janus, tmp_path):
+    """A run that goes on elsewhere finds no file of what it drew before."""
+    saved, folder = tmp_path / "saved", tmp_path / "folder"
+    folder.mkdir()
+    writer = ModelCheckpoint(saved, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(make_grpo(tiny_janus, images_budget=24), tmp_path, writer)
+    trainer, data = make_trainer(folder), PromptData([write_prompts(folder)])
+    trainer.fit(make_grpo(tiny_janus, images_budget=24), data, ckpt_path=str(saved / "step=2.ckpt"))
+    assert trainer.logger.rows[3]["perf/images_sampled"] == 24
+    assert trainer.logger.rows[3]["perf/images_redrawn"] == 0
+    assert (folder / "drawn/0.txt").read_text() == "24\n"
+
+
+def test_images_of_processes_that_are_no_more_count(module, tmp_path):
+    module.trainer = make_trainer(tmp_path)
+    (tmp_path / "drawn").mkdir()
+    for rank, number in enumerate((8, 16, 4)):
+        (tmp_path / f"drawn/{rank}.txt").write_text(f"{number}\n")
+    module.images_sampled = 20
+    assert module.image_counts() == {"images_sampled": 20, "images_redrawn": 8}
+    module.count_drawn(2)
+    assert module.image_counts() == {"images_sampled": 20, "images_redrawn": 10}
+
+
+# Random states ----------------------------------------------------------------------------------
+
+
+def test_a_random_state_of_its_own_repeats_and_leaves_the_run_s_alone(module):
+    before, drawn = torch.get_rng_state(), []
+    for key in (("pairs", 0), ("pairs", 1), ("pairs", 0)):
+        with module.own_random_state(*key):
+            drawn.append(torch.rand(3).tolist())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_a_random_state_that_waits_for_its_batch_is_saved_as_it_is(module, checkpoint):
+    content = torch.load(checkpoint[0], weights_only=True)
+    saved = {}
+    module.on_save_checkpoint(saved)
+    assert torch.equal(saved["random_state"], torch.get_rng_state())
+    module._random_state = content["random_state"]
+    torch.rand(1)
+    module.on_save_checkpoint(saved)
+    assert torch.equal(saved["random_state"], content["random_state"])

@@ -183,7 +183,7 @@ def test_brighter_pictures_become_likelier(tiny_janus, tmp_path):
         tiny_janus,
         images_budget=640,
         images_per_update=32,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-2),
     )
     rows = fit(module, tmp_path).logger.rows
     rewards = [rows[step]["train/reward"] for step in range(1, 21)]
@@ -487,9 +487,9 @@ def test_rewards_score_in_their_own_precision(tiny_janus):
 
     module = make_grpo(tiny_janus, Linear())
     images, prompts = torch.rand(8, 3, 4, 4), numbered_prompts(2) * 4
-    plain = module.score(images, prompts).total
+    plain = module.score(module.reward, images, prompts).total
     with MixedPrecision("bf16-mixed", "cpu").forward_context():
-        mixed = module.score(images, prompts).total
+        mixed = module.score(module.reward, images, prompts).total
         spoilt = module.reward.score(images, prompts).total
     assert torch.equal(plain, mixed)
     assert not torch.equal(plain, spoilt)  # what autocast would have done

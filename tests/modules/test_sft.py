@@ -6,7 +6,7 @@ import torch
 from cotgen_pl.data.pictures import PictureData
 from cotgen_pl.interfaces import Prompt
 from cotgen_pl.modules.sft import SFTModule
-from tests.toys import make_policy, make_trainer, sgd
+from tests.toys import make_policy, make_trainer, sgd, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_conditions_are_dropped_by_share(janus_of_32_pixels, tmp_path, share):
 def test_loss_is_the_mean_negative_log_likelihood(janus_of_32_pixels):
     module = watched(janus_of_32_pixels, condition_dropout=0.0)
     module.configure_model()
-    module.log_dict = lambda *args, **kwargs: None
+    module.log_update = lambda metrics: None
     prompts = [Prompt("a red circle"), Prompt("two"), Prompt("a blue square and a circle")]
     pictures = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
@@ -78,6 +78,18 @@ def test_loss_is_the_mean_negative_log_likelihood(janus_of_32_pixels):
         logits = module.policy.logits([prompt.text for prompt in prompts], tokens)
     chosen = logits.log_softmax(-1).gather(-1, tokens[..., None])
     assert loss.item() == pytest.approx(-chosen.mean().item(), abs=1e-5)
+
+
+def test_of_pairs_the_chosen_pictures_are_learnt(janus_of_32_pixels, tmp_path):
+    module = watched(janus_of_32_pixels, condition_dropout=0.0)
+    module.configure_model()
+    module.log_update = lambda metrics: None
+    batch = write_pairs(tmp_path, 3, torch.randint(0, 32, (3, 2, 16))).batch([2, 0])
+    with torch.no_grad():
+        loss = module.training_step(batch, 0)
+        logits = module.policy.logits(["prompt 2", "prompt 0"], batch.chosen)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.chosen.flatten())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_non_finite_loss_names_the_step(janus_of_32_pixels, tmp_path):

@@ -507,10 +507,11 @@ def test_reference_is_frozen_and_shares_what_is_frozen(janus_folder, trains):
         assert (parameter.data_ptr() == own[name].data_ptr()) != own[name].requires_grad, name
 
 
-def test_reference_of_a_lora_policy_is_the_base_model(janus_folder):
+def test_reference_of_a_fresh_lora_policy_is_the_base_model(janus_folder):
     base = load(janus_folder, dtype="float64")
-    policy = perturb(load(janus_folder, dtype="float64", lora=LORA))
+    policy = load(janus_folder, dtype="float64", lora=LORA)
     reference = policy.reference()
+    perturb(policy)
     tokens = random_tokens(policy, len(PROMPTS))
     with torch.no_grad():
         expected = base.logits(PROMPTS, tokens)
@@ -523,8 +524,22 @@ def test_reference_of_a_lora_policy_is_the_base_model(janus_folder):
     assert reference.reference() is reference
 
 
-def test_reference_of_a_lora_policy_leaves_training_alone(janus_folder):
-    policy = perturb(load(janus_folder, lora=LORA))
+def test_reference_of_a_trained_lora_policy_keeps_its_adapters(janus_folder):
+    policy = perturb(load(janus_folder, dtype="float64", lora=LORA))
+    tokens = random_tokens(policy, len(PROMPTS))
+    with torch.no_grad():
+        expected, greedy = policy.logits(PROMPTS, tokens), greedy_tokens(policy)
+        reference = policy.reference()
+        perturb(policy)
+        assert torch.equal(reference.logits(PROMPTS, tokens), expected)
+        assert (policy.logits(PROMPTS, tokens) - expected).abs().max() > 1e-3
+    assert greedy_tokens(reference).tolist() == greedy.tolist()
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_reference_of_a_lora_policy_leaves_training_alone(janus_folder, fresh):
+    policy = load(janus_folder, lora=LORA)
+    policy = policy if fresh else perturb(policy)
     names, tokens = trained_names(policy), random_tokens(policy, 2)
     loss = image_loss(policy, tokens)
     policy.reference().logits(PROMPTS[:2], tokens)
@@ -618,10 +633,11 @@ def test_quantised_language_model_with_adapters_trains(janus_folder, bits, kind,
     assert all(".language_model.layers." in name for name in names)
     tokens = random_tokens(policy, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        start = policy.reference()
         perturb(policy)
         image_loss(policy, tokens).backward()
         _, logprobs = sample_tokens(policy, PROMPTS, guidance=2.0, seeds=range(3))
-        reference = policy.reference().logits(PROMPTS, tokens).detach()
+        reference = start.logits(PROMPTS, tokens)
     assert trained_names(policy)
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:

@@ -191,7 +191,7 @@ def test_wrong_arguments_are_refused(rewards, weights, message):
 
 def test_a_verdict_of_the_wrong_shape_names_its_reward():
     with pytest.raises(
-        ValueError, match=r"total of the reward broken in the shape \(4,\).* got \(3,\)"
+        ValueError, match=r"reward broken: expected total of shape \(4,\).* got \(3,\)"
     ):
         Ensemble({"fine": Fixed(*A), "broken": Fixed(1.0, 2.0, 3.0)}).score(IMAGES, PROMPTS)
 
@@ -203,3 +203,21 @@ def test_a_verdict_that_is_no_scores_names_its_reward():
 
     with pytest.raises(ValueError, match="expected Scores from the reward bare, got Tensor"):
         Ensemble({"bare": Bare()}).score(IMAGES, PROMPTS)
+
+
+def test_an_infinite_score_names_its_reward():
+    rewards = {"fine": Fixed(*A), "broken": Fixed(1.0, 2.0, math.inf, 3.0)}
+    with pytest.raises(ValueError, match="reward broken: expected finite scores or NaN"):
+        Ensemble(rewards).score(IMAGES, PROMPTS)
+
+
+def test_facts_are_checked_by_every_reward_that_reads_into_them():
+    class Reader(Fixed):
+        def check_facts(self, facts):
+            if "colour" not in facts["objects"]:
+                raise ValueError("expected a colour")
+
+    ensemble = Ensemble({"blind": Fixed(*A), "inner": Ensemble({"reader": Reader(*A)})})
+    ensemble.check_facts({"objects": {"colour": "red"}})
+    with pytest.raises(ValueError, match="expected a colour"):
+        ensemble.check_facts({"objects": {}})

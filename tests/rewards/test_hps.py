@@ -19,6 +19,7 @@ from torchvision.transforms import functional as tvf
 from cotgen_pl.interfaces import Prompt
 from cotgen_pl.rewards import hps
 from cotgen_pl.rewards.hps import HPSReward, fit_pictures
+from tests.toys import fit, make_grpo, make_policy
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 VISION = {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
@@ -442,3 +443,12 @@ def test_scoring_before_loading_and_wrong_shapes_are_refused(file, images, promp
 def test_a_second_load_does_nothing(reward):
     model = reward.model
     assert reward.load() is reward and reward.model is model
+
+
+def test_a_download_that_fails_stops_a_run_before_the_policys_weights_are_read(
+    tiny_janus, tmp_path, monkeypatch
+):
+    policy = make_policy(tiny_janus)
+    monkeypatch.setattr(type(policy), "load", lambda self: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=r"expected a local path or HPS_v2\.1_compressed\.pt of"):
+        fit(make_grpo(policy=policy, folder=tiny_janus, reward=HPSReward("no/where")), tmp_path)

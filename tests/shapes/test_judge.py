@@ -1,6 +1,10 @@
+import json
+
 import pytest
 
 from cotgen_pl.shapes.judge import (
+    check_compbench_facts,
+    check_geneval_facts,
     graded,
     judge,
     judge_compbench,
@@ -227,3 +231,70 @@ def test_the_rules_follow_the_facts():
     assert list(judge({"include": [{"class": "circle", "count": 1}]}, recognition)) == [
         "include 0: 1 circle"
     ]
+
+
+# Facts ------------------------------------------------------------------------------------------
+
+
+def without(item, name):
+    return {key: value for key, value in item.items() if key != name}
+
+
+CIRCLE = asked("circle", "red")
+
+
+@pytest.mark.parametrize(
+    ("broken", "got"),
+    [
+        *(
+            ({"objects": [CIRCLE, without(CIRCLE, name)], "relations": []}, "{")
+            for name in ("shape", "color", "texture", "count", "numbered")
+        ),
+        ({"objects": [CIRCLE | {"count": 0}], "relations": []}, "{"),
+        ({"objects": [], "relations": []}, "None"),
+        ({"objects": "circle", "relations": []}, "'circle'"),
+        ({"objects": [CIRCLE]}, "None"),
+        ({"objects": [CIRCLE], "relations": [[0, "left", 1]]}, "[0, 'left', 1]"),
+        ({"objects": [CIRCLE] * 2, "relations": [[0, "left of", 1]]}, "[0, 'left of', 1]"),
+        ({"objects": [CIRCLE] * 2, "relations": [[0, "left"]]}, "[0, 'left']"),
+    ],
+    ids=str,
+)
+def test_in_domain_facts_that_cannot_be_judged_are_refused(broken, got):
+    with pytest.raises(ValueError, match=r"expected a list under '(objects|relations)', each") as e:
+        check_compbench_facts(broken)
+    assert f", got {got}" in str(e.value) and "correct this prompt's facts" in str(e.value)
+    check_compbench_facts({"objects": [CIRCLE] * 2, "relations": [[0, "next to", 1]]})
+
+
+CAT = {"class": "cat", "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("broken", "got"),
+    [
+        ({"include": [CAT, {"count": 1}]}, "{'count': 1}"),
+        ({"include": [{"class": "cat"}]}, "{'class': 'cat'}"),
+        ({"include": []}, "None"),
+        ({"include": [CAT | {"color": None}]}, "{"),
+        ({"include": [CAT | {"position": ["left of", 0]}, CAT]}, "{"),  # not an earlier one
+        ({"include": [CAT, CAT | {"position": ["left", 0]}]}, "{"),
+        ({"include": [CAT], "exclude": [{"class": "dog"}]}, "{'class': 'dog'}"),
+        ({"include": [CAT], "exclude": None}, "None"),
+    ],
+    ids=str,
+)
+def test_out_of_domain_facts_that_cannot_be_judged_are_refused(broken, got):
+    with pytest.raises(ValueError, match=r"expected a list under '(include|exclude)', each") as e:
+        check_geneval_facts(broken)
+    assert f", got {got}" in str(e.value)
+    check_geneval_facts({"include": [CAT, CAT | {"position": ["left of", 0], "color": "red"}]})
+
+
+def test_the_shipped_prompts_can_all_be_judged(repository):
+    paths = sorted((repository / "cotgen_pl/shapes/assets/prompts").glob("*.jsonl"))
+    assert len(paths) >= 8
+    for path in paths:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            (check_compbench_facts if "objects" in row else check_geneval_facts)(row)
