@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, PreferencePair, Prompt
 from cotgen_pl.pair_rows import FEATURES, TRAINED_ON, Drawn, read_prompts, read_tokens
 
@@ -45,6 +46,8 @@ __all__ = [
 
 TOTALS, SETTINGS, REFERENCE = "pairs.json", "settings.json", "reference.safetensors"
 READING = ".reading"  # memory-mapped copy of TRAINED_ON, made by `datasets`; may be deleted
+COUNTS = ("prompts", "images", "pairs", "dropped")
+ADVICE = "copy it again, or draw the set in a new run"
 ROWS_PER_SCAN = 1000  # 4.6 MB of tokens at 576 per picture
 
 
@@ -70,7 +73,7 @@ class PairSetWriter:
             (self.folder / part).mkdir(parents=True, exist_ok=True)
         path = self.folder / SETTINGS
         if path.is_file():
-            self._check_settings(json.loads(path.read_text()), begun)
+            self._check_settings(_read_json(path, ["num_shards"]), begun)
         else:
             _write_json(path, begun, part=str(os.getpid()))  # all processes do, at the same time
 
@@ -111,7 +114,7 @@ class PairSetWriter:
         columns = {name: [row[name] for row in rows] for name in FEATURES}
         table = Dataset.from_dict(columns, features=FEATURES)
         with _quiet():
-            _write_whole(self._path(shard), lambda part: table.to_parquet(str(part)))
+            write_whole(self._path(shard), lambda part: table.to_parquet(str(part)))
         counts = {"prompts": num_prompts, "images": num_images, "pairs": len(rows)}
         _write_json(self._counts_path(shard), counts | {"dropped": dict(dropped)})
 
@@ -127,9 +130,7 @@ class PairSetWriter:
                 f"expected {self.num_shards} shards in {self.folder}, got none for {missing}; put "
                 "the folder where all processes write to the same disk, and start again"
             )
-        shards = [
-            json.loads(self._counts_path(shard).read_text()) for shard in range(self.num_shards)
-        ]
+        shards = [_read_json(self._counts_path(shard), COUNTS) for shard in range(self.num_shards)]
         totals: dict[str, Any] = {
             name: sum(counts[name] for counts in shards) for name in ("prompts", "images", "pairs")
         }
@@ -168,7 +169,9 @@ class PairSet:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        totals = json.loads(self._totals_path().read_text())
+        path = self._totals_path()
+        totals = _read_json(path, ["settings", "counts", "pairs_per_shard"])
+        _check_keys(totals["counts"], COUNTS, path)
         self.settings: dict[str, Any] = totals["settings"]
         """What it was made with."""
         self.counts: dict[str, Any] = totals["counts"]
@@ -288,7 +291,8 @@ def save_reference(folder: Path | str, logps: Tensor, key: Mapping[str, str | fl
     path = Path(folder) / REFERENCE
     metadata = {name: json.dumps(value) for name, value in key.items()}
     values = {"logps": logps.detach().float().cpu().contiguous()}
-    _write_whole(path, lambda part: save_file(values, part, metadata))
+    content = save(values, metadata)  # not `save_file`: only its owner could read that file
+    write_whole(path, lambda part: part.write_bytes(content))
 
 
 def load_reference(folder: Path | str, key: Mapping[str, str | float]) -> Tensor | None:
@@ -342,10 +346,7 @@ def _check_pages(path: Path) -> None:
 
 
 def _unreadable(path: Path, what: object) -> ValueError:
-    return ValueError(
-        f"expected a readable shard at {path}, got: {what}; copy it again, or remove {TOTALS} and "
-        "this file and resume the run that built the set"
-    )
+    return ValueError(f"expected a readable shard at {path}, got: {what}; {ADVICE}")
 
 
 def _reasons(dropped: Mapping[str, int]) -> str:
@@ -354,21 +355,23 @@ def _reasons(dropped: Mapping[str, int]) -> str:
 
 def _write_json(path: Path, values: Mapping[str, Any], part: str = "part") -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    _write_whole(path, lambda file: file.write_text(text, encoding="utf-8"), part)
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"), part)
 
 
-def _write_whole(path: Path, write: Callable[[Path], Any], part: str = "part") -> None:
-    """Write under another name, hidden from readers, and rename when all of it is there."""
-    unfinished = path.with_name(f".{path.name}.{part}")
+def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON object that has the keys, or a ValueError that names the file."""
     try:
-        write(unfinished)
-        unfinished.replace(path)
-    except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
-        raise ValueError(
-            f"expected room for {path}, got: {error}; what was finished before it stays: free some "
-            "room and start the same run again"
-        ) from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected JSON in {path}, got: {error}; {ADVICE}") from error
+    _check_keys(found, keys, path)
+    return dict(found)
+
+
+def _check_keys(found: Any, keys: Sequence[str], path: Path) -> None:
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise ValueError(f"expected {list(keys)} in {path}, got none for {missing}; {ADVICE}")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ LAYERS = {
     "adapters": 1,
     "cache": 1,
     "checkpoints": 1,
+    "files": 1,
     "losses": 1,
     "pair_rows": 1,
     "sampling": 1,

@@ -4,11 +4,14 @@ import copy
 import csv
 import json
 import re
+import resource
 import runpy
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import write_prompts
 from tools import build_shapes
-from tools.main import main
+from tools.main import CommandLine, WholeCheckpoints, main
 
 BUDGET, PER_UPDATE = 48, 8  # six rollouts
 CLOCK = {"perf/images_per_s", "perf/peak_memory_gb"}  # with perf/*_s, what two equal runs differ in
@@ -134,6 +137,43 @@ def run(tiny_janus, tmp_path_factory):
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """No file gets more bytes than this while the context lasts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    checkpoints, path = WholeCheckpoints(), tmp_path / "checkpoints" / "last.ckpt"
+    checkpoints.save_checkpoint({"weights": torch.zeros(3)}, str(path))
+    message = r"expected room for .*last.ckpt, got: .*; what was finished before it stays: free"
+    with little_room(10_000), pytest.raises(ValueError, match=message):
+        checkpoints.save_checkpoint({"weights": torch.ones(10_000)}, str(path))
+    assert torch.equal(checkpoints.load_checkpoint(path)["weights"], torch.zeros(3))
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("plugin", [None, "AsyncCheckpointIO"])
+def test_checkpoints_are_written_whole_unless_a_run_names_a_way_of_its_own(
+    tiny_janus, tmp_path, plugin
+):
+    settings = settings_of(tiny_janus, tmp_path)
+    if plugin:
+        settings["trainer"]["plugins"] = piece(f"lightning.pytorch.plugins.io.{plugin}")
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    arguments = ["fit", "--config", str(config)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CommandLine, "_run_subcommand", lambda self, subcommand: None)
+        trainer = main(arguments).trainer
+    assert type(trainer.strategy.checkpoint_io).__name__ == (plugin or "WholeCheckpoints")
 
 
 # A run ------------------------------------------------------------------------------------------

@@ -231,7 +231,8 @@ def test_a_damaged_shard_is_named(finished, damage):
         path.unlink()
     else:
         path.write_bytes(shard_of(finished, 0).read_bytes())
-    with pytest.raises(ValueError, match=r"expected a readable shard at .*train-00002-of-00003"):
+    message = r"a readable shard at .*train-00002-of-00003.*; copy it again, or draw the set in a "
+    with pytest.raises(ValueError, match=message):
         PairSet(finished.folder)
 
 
@@ -245,6 +246,37 @@ def test_a_shard_that_is_broken_inside_is_named(finished):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"expected a readable shard at .*train-00000-of-00003"):
         PairSet(finished.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pairs.json", '{"settings": {', "expected JSON in .*pairs.json, got: Expecting"),
+        (
+            "pairs.json",
+            "[1]",
+            r"in .*pairs.json, got none for \['settings', 'counts', 'pairs_per_sha",
+        ),
+        (
+            "pairs.json",
+            '{"settings": {}, "counts": {"pairs": 1}, "pairs_per_shard": []}',
+            r"in .*pairs.json, got none for \['prompts', 'images', 'dropped'\]; copy it again, or",
+        ),
+        ("settings.json", "", "expected JSON in .*settings.json, got: Expecting"),
+        (
+            "counts/00001.json",
+            "{}",
+            r"in .*00001.json, got none for \['prompts', 'images', 'pairs'",
+        ),
+    ],
+)
+def test_damaged_json_is_named(finished, name, content, message):
+    (finished.folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        if name == "pairs.json":
+            PairSet(finished.folder)
+        else:
+            PairSetWriter(finished.folder, 3, SETTINGS).finish()
 
 
 def test_a_folder_without_a_set_is_refused(tmp_path):
@@ -303,6 +335,14 @@ def test_reference_of_another_key_is_refused(tmp_path, change, message):
     save_reference(tmp_path, torch.zeros(1, 2), KEY)
     with pytest.raises(ValueError, match=message):
         load_reference(tmp_path, KEY | change)
+
+
+def test_stored_reference_may_be_read_by_whoever_may_read_the_set(finished):
+    save_reference(finished.folder, torch.zeros(1, 2), KEY)
+    modes = [
+        (finished.folder / name).stat().st_mode for name in ("reference.safetensors", "pairs.json")
+    ]
+    assert modes[0] == modes[1]
 
 
 def test_unreadable_reference_is_refused(tmp_path):

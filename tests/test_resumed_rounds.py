@@ -155,6 +155,27 @@ def test_killed_while_drawing_pairs(run, tmp_path, monkeypatch, drawn, redrawn):
     assert_same_run(folder, whole, redrawn)
 
 
+@pytest.mark.parametrize("place", ["evaluation.SuiteEvaluation", "pair_evaluation.PairEvaluation"])
+def test_killed_before_the_first_update(run, tmp_path, monkeypatch, place):
+    """While the start is scored, and when the held-out pairs are drawn."""
+    settings, whole = run
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"cotgen_pl.callbacks.{place}.observe", die)
+        with pytest.raises(RuntimeError, match="the machine went down"):
+            fit(settings, folder)
+    fit(settings, folder, "--ckpt_path", "last")
+    assert_same_run(folder, whole)
+    states = [
+        torch.load(path / "checkpoints/last.ckpt", weights_only=True) for path in (folder, whole)
+    ]
+    [first, expected] = [
+        [state["first"] for name, state in s["callbacks"].items() if "SuiteEvaluation" in name]
+        for s in states
+    ]
+    assert first == expected and first[0]
+
+
 @pytest.mark.slow
 def test_killed_again_and_again(run, tmp_path, monkeypatch):
     """Twice in the first drawing, and twice in the second."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import warnings
@@ -9,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
@@ -19,11 +21,13 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
 
 import cotgen_pl
 from cotgen_pl.callbacks.export import HuggingFaceExport
 from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint
 from cotgen_pl.callbacks.metrics import MetricsFile
+from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
 
 # Lightning's advice on choices that are made on purpose here.
@@ -72,6 +76,26 @@ class Curves(TensorBoardLogger):
             self._experiment.flush()
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside the one that it takes the place of, and then renames it.
+
+    Lightning's own goes through the system's temporary folder and is copied over the old one: a
+    kill or a full disk in between would leave neither.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write to a disk whole or not at all; to any other place as Lightning does."""
+        on_disk = type(get_filesystem(path)) is type(get_filesystem("."))
+        if storage_options is not None or not on_disk:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        content = io.BytesIO()  # torch's own writer hides that a disk is full
+        torch.save(checkpoint, content)
+        write_whole(Path(path), lambda part: part.write_bytes(content.getbuffer()))
+
+
 class CommandLine(LightningCLI):
     """LightningCLI with one run folder, `trainer.default_root_dir`, for all that a run writes."""
 
@@ -100,6 +124,8 @@ class CommandLine(LightningCLI):
         last.
         """
         trainer = super().instantiate_trainer(logger=self._loggers(), **kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither named nor sharded
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning would put them into the folder of the first logger.

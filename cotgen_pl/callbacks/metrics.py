@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from cotgen_pl.files import write_whole
+
 COLUMNS = ("run", "step", "metric", "value")
 
 
@@ -66,14 +68,15 @@ class MetricsFile(Logger):
 
     def _open(self, last_step: int) -> set[tuple[int, str]]:
         """Keep the rows up to a step; returns step and metric of those of the step itself."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         rows = []
         if self._path.exists():
             with self._path.open(newline="") as file:
                 rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
         kept = [row for row in rows if int(row[1]) <= last_step]
-        fresh = self._path.with_suffix(".csv.part")
-        with fresh.open("w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *kept])
-        fresh.replace(self._path)
+        write_whole(self._path, lambda part: _write_rows(part, kept))
         return {(last_step, metric) for _, step, metric, _ in kept if int(step) == last_step}
+
+
+def _write_rows(path: Path, rows: list[list[str]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
@@ -18,11 +19,14 @@ from cotgen_pl.callbacks.pair_building import PairSettings, build_pairs
 from cotgen_pl.checkpoints import hash_weights
 from cotgen_pl.data.pairs import PairData
 from cotgen_pl.data.prompts import PromptData, PromptFile, check_scorable, draw_passes, read_prompts
+from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Prompt, check_choice, check_positive
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.modules.grpo import GRPOModule
 from cotgen_pl.modules.offline import OfflineModule
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pair_sets import COUNTS, PairSet
+
+RECORDED = ("val/id/mean", "val/ood/mean")
 
 Reference = Literal["refresh", "keep"]
 AtStart = Literal["keep", "reset"]
@@ -35,7 +39,8 @@ class IterativeRounds(Callback):
     DPO and SFT on pairs: a round draws a pair set with the policy of its start, then passes over it
     `PairData.epochs` times. One round is plain offline training, and draws nothing where `PairData`
     names finished pairs. GRPO: a round is a share of the rollouts. `rounds.jsonl` in the run folder
-    gets a line for each finished round.
+    gets a line for each finished round. Name it first: what callbacks before it do at the start of
+    training happens before there is a checkpoint to resume from.
 
     Args:
         rounds: How many.
@@ -171,7 +176,7 @@ class IterativeRounds(Callback):
         for number in range(self.rounds):
             folder = Path(trainer.default_root_dir) / "rounds" / str(number) / "pairs"
             if number < self.round:
-                yield PairSet(folder)
+                yield _open_past(folder)
                 continue
             if number > self.round:
                 self.finish_round(trainer, module)
@@ -189,7 +194,7 @@ class IterativeRounds(Callback):
             pairs = build_pairs(
                 module, prompts, folder, self.pairs, files=self.files, stream=stream
             )
-        return {"path": str(folder), **pairs.counts, "mean_margin": _mean_margin(pairs)}
+        return _describe(pairs, trainer)
 
     def _prompts_of(self, number: int, size: int, seed: int) -> list[Prompt]:
         """The next prompts of endless passes, or those of the first round again."""
@@ -203,10 +208,14 @@ class IterativeRounds(Callback):
     # GRPO ---------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the start of the first round."""
+        """Note the start of the first round, and save it: a kill from here on can be resumed."""
         assert isinstance(pl_module, PolicyModule)
+        data: Any = getattr(trainer, "datamodule", None)
+        if isinstance(data, PairData) and data.pairs is not None:  # the finished ones
+            self._made = _describe(data.pairs, trainer)
         if not self._policy:
             self._policy = hash_weights(pl_module.policy)
+            save_last(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -242,15 +251,14 @@ class IterativeRounds(Callback):
                     with module.own_random_state("end of round", self.round):
                         callback.observe(trainer, module, thoroughly=ends)
                     callback.last_observed = module.rollouts
-                scores |= {n: v for n, v in callback.last.items() if n.endswith("d/mean")}
+                scores |= {n: callback.last[n] for n in RECORDED if n in callback.last}
         record = {"round": self.round, "policy": self._policy, **self._made}
         record |= {"images_sampled": module.images_sampled, "updates": module.rollouts, **scores}
         self.records = [*self.records[: self.round], record]
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "rounds.jsonl"
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-            part.replace(path)
+            text = "".join(json.dumps(record) + "\n" for record in self.records)
+            write_whole(path, lambda part: part.write_text(text))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last round's record."""
@@ -279,6 +287,24 @@ def save_last(trainer: Trainer) -> None:
             path = str(Path(callback.dirpath) / "last.ckpt")
             callback.last_model_path = path  # a part of what is saved: it is written again
             trainer.save_checkpoint(path)
+
+
+def _open_past(folder: Path) -> PairSet:
+    """The set of a finished round, of which a resumed run wants the size."""
+    try:
+        return PairSet(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"expected the pairs of a finished round, got: {error}; if this run goes on in another "
+            "folder than it began in, copy the rounds/ folder there too"
+        ) from error
+
+
+def _describe(pairs: PairSet, trainer: Trainer) -> dict[str, Any]:
+    """What a round's record says of its pairs; their path is relative to the run folder."""
+    path = os.path.relpath(pairs.folder, trainer.default_root_dir)
+    counts = {name: pairs.counts[name] for name in COUNTS}
+    return {"path": path, **counts, "mean_margin": _mean_margin(pairs)}
 
 
 def _mean_margin(pairs: PairSet) -> float:

@@ -18,9 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
@@ -28,12 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cotgen_pl
+from cotgen_pl.data.foreign_files import column_names, count_rows, find_files, read_rows
 from cotgen_pl.data.formats import ORIGIN
 from cotgen_pl.interfaces import Policy, Prompt, check_positive
 from cotgen_pl.pair_sets import Drawn, PairSetWriter
 
 ROWS_PER_SHARD = 256  # about 100 MB of Pick-a-Pic's pictures in memory at a time
-ROWS_PER_READ = 32
 NUM_NAMED = 5  # unreadable pictures in a message
 TIES, UNLABELLED, UNREADABLE = "ties", "without labels", "unreadable pictures"
 # Pillow's errors for broken files; SyntaxError is that of a broken PNG.
@@ -94,6 +91,7 @@ class ForeignPairs:
 
         Only captions are read.
         """
+        self._cache()
         for file in find_files(Path(self.path)):
             missing = sorted(set(self.columns) - set(column_names(file)))
             if missing:
@@ -126,7 +124,13 @@ class ForeignPairs:
 
     def _cache(self) -> Path:
         path = Path(self.path)
-        return Path(self.cache) if self.cache else path.with_name(f"{path.name}.tokens")
+        cache = Path(self.cache) if self.cache else path.with_name(f"{path.name}.tokens")
+        if cache.resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"expected a cache outside of the source {path}, whose files are all read, got "
+                f"{cache}; name another folder, or leave it out"
+            )
+        return cache
 
     def _settings(self, files: Sequence[Path], policy: Policy) -> dict[str, Any]:
         """All that decides about the set's contents."""
@@ -199,13 +203,14 @@ class ForeignPairs:
                     f"{origin}: expected the columns {self.columns}, got a row without {column!r}; "
                     "give each row all of them"
                 )
-        labels = [row[self.label_0], row[self.label_1]]
-        if any(label is None or math.isnan(label) for label in labels):
+        labels = [self._label(row, column, origin) for column in (self.label_0, self.label_1)]
+        if any(map(math.isnan, labels)):
             return UNLABELLED
         if labels[0] == labels[1]:
             return TIES
         pictures = []
         for column in (self.picture_0, self.picture_1):
+            _check_picture(row[column], column, origin)
             try:
                 pictures.append(open_picture(row[column], folder))
             except BROKEN as error:
@@ -215,7 +220,17 @@ class ForeignPairs:
         best = int(labels[1] > labels[0])
         order = (best, 1 - best)
         prompt = Prompt(self._caption(row, origin), facts={ORIGIN: origin}, index=index)
-        return Candidate(prompt, [pictures[k] for k in order], [float(labels[k]) for k in order])
+        return Candidate(prompt, [pictures[k] for k in order], [labels[k] for k in order])
+
+    def _label(self, row: dict[str, Any], column: str, origin: str) -> float:
+        """A missing one is NaN."""
+        label = row[column]
+        if not isinstance(label, int | float | None):
+            raise ValueError(
+                f"{origin}: expected a number in column {column!r}, got {label!r}; correct the "
+                "row, or name the columns of the labels by label_0 and label_1"
+            )
+        return math.nan if label is None else float(label)
 
     def _caption(self, row: dict[str, Any], origin: str) -> str:
         text = row.get(self.caption)
@@ -274,95 +289,26 @@ def open_picture(value: Any, folder: Path) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError: It does not decode; see `BROKEN`.
     """
-    if isinstance(value, dict):  # the storage of `datasets.Image`
-        value = value.get("bytes") or value.get("path")
+    value = _content(value)
     if not value:
         raise OSError("no picture")
     with Image.open(io.BytesIO(value) if isinstance(value, bytes) else folder / value) as picture:
         return picture.convert("RGB")  # reads all of it
 
 
-def find_files(path: Path) -> list[Path]:
-    """The files of a source in order; a folder that `datasets` saved stands for itself.
+def _content(value: Any) -> Any:
+    """The bytes or the path in a record as `datasets.Image` stores it; others as they are."""
+    return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
 
-    Raises:
-        ValueError: There are none, or they are of several kinds.
-    """
-    if path.is_file() and path.suffix in (".parquet", ".jsonl"):
-        return [path]
-    if (path / "state.json").is_file():
-        return [path]
-    found = [sorted(path.rglob(f"*{suffix}")) for suffix in (".parquet", ".jsonl")]
-    kinds = [files for files in found if files]
-    if len(kinds) != 1:
+
+def _check_picture(value: Any, column: str, origin: str) -> None:
+    """Refuse what is no picture at all; one that is missing or broken is not refused here."""
+    if not isinstance(_content(value), str | bytes | None):
         raise ValueError(
-            f"expected a .parquet or .jsonl file, a folder with files of one of the two kinds, or "
-            f"one that Dataset.save_to_disk wrote (of a single split), got {path.absolute()} with "
-            f"{len(kinds) or 'neither'} of them; correct the path"
+            f"{origin}: expected a picture in column {column!r}, as the bytes of a file or a path, "
+            f"got {type(_content(value)).__name__}; correct the row, or name the columns of the "
+            "pictures by picture_0 and picture_1"
         )
-    return kinds[0]
-
-
-def column_names(file: Path) -> list[str]:
-    """Names of a file's columns; of a JSONL file, those of its first row."""
-    if file.is_dir():
-        return _open_saved(file).column_names
-    if file.suffix == ".parquet":
-        return _open_parquet(file).schema_arrow.names
-    return list(next(read_rows(file, []), {}))
-
-
-def count_rows(file: Path) -> int:
-    """How many rows `read_rows` gives."""
-    if file.is_dir():
-        return len(_open_saved(file))
-    if file.suffix == ".parquet":
-        return _open_parquet(file).metadata.num_rows
-    return sum(1 for _ in read_rows(file, []))
-
-
-def read_rows(file: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a file, a few in memory at a time; a JSONL row has all of its columns."""
-    if file.is_dir():
-        saved = _open_saved(file).select_columns(list(columns)).with_format("arrow")
-        for start in range(0, len(saved), ROWS_PER_READ):
-            yield from saved[start : start + ROWS_PER_READ].to_pylist()
-    elif file.suffix == ".parquet":
-        for batch in _open_parquet(file).iter_batches(ROWS_PER_READ, columns=list(columns)):
-            yield from batch.to_pylist()
-    else:
-        yield from _read_lines(file)
-
-
-def _read_lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{file}:{number}: expected a JSON object, got: {error}; correct the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{file}:{number}: expected a JSON object, got {row!r}; correct the line"
-                )
-            yield row
-
-
-def _open_parquet(file: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"expected a Parquet file at {file}, got: {error}; download it again"
-        ) from error
-
-
-def _open_saved(folder: Path) -> datasets.Dataset:
-    return datasets.load_from_disk(str(folder))
 
 
 def _stamp(file: Path) -> list[str | int]:

@@ -94,7 +94,8 @@ class PairStream(IterableDataset[PreferencePair]):
             for batch in range(finished, size * self.epochs):
                 if number == self.num_sets - 1 and batch == size * self.epochs - 1:
                     self.end()
-                order = draw_order(len(pairs), self.seed, number * self.epochs + batch // size)
+                if batch == finished or batch % size == 0:
+                    order = draw_order(len(pairs), self.seed, number * self.epochs + batch // size)
                 first = batch % size * self.pairs_per_batch
                 yield pairs.batch(order[first : first + self.pairs_per_batch][self.share])
             begin += size * self.epochs
@@ -167,6 +168,12 @@ class PairData(LightningDataModule):
             raise ValueError(
                 f"trainer.max_epochs: expected 1, because the whole run is one epoch, got "
                 f"{trainer.max_epochs}; set it to 1, and the passes over a set by epochs"
+            )
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "trainer.accumulate_grad_batches: expected 1, because each batch of pairs is an "
+                f"update, got {trainer.accumulate_grad_batches}; set it to 1, and the pairs of an "
+                "update by pairs_per_update"
             )
         if self.path is not None:
             self.pairs = PairSet(self.path)

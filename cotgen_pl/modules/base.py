@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cotgen_pl.adapters import lend_weights
+from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores
 from cotgen_pl.metrics import MAXIMA, MINIMA
 from cotgen_pl.sampling import check_guidance, noise_seed, sample_tokens
@@ -232,10 +233,7 @@ class PolicyModule(LightningModule):
         """Note images that this process drew for training, in a file that outlives a kill."""
         path = self._drawn_folder / f"{self.global_rank}.txt"
         before = int(path.read_text()) if path.exists() else 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(f"{before + images}\n")
-        part.replace(path)
+        write_whole(path, lambda part: part.write_text(f"{before + images}\n"))
 
     @property
     def _drawn_folder(self) -> Path:
@@ -320,10 +318,15 @@ class PolicyModule(LightningModule):
         checkpoint["random_state"] = torch.get_rng_state() if pending is None else pending
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up counters and, in time for the next batch, torch's random state."""
+        """Take up counters and, in time for the next batch, torch's random state.
+
+        Not the random state from before the first update: what comes before that update, such as
+        the evaluation at the start, is done again and leads to the same one.
+        """
         self.images_sampled = checkpoint["progress"]["images_sampled"]
         self.rollouts = checkpoint["progress"]["rollouts"]
-        self._random_state = checkpoint["random_state"].cpu()
+        if self.rollouts > 0:
+            self._random_state = checkpoint["random_state"].cpu()
         begins_folder = self.trainer.state.fn == "fit" and not self._drawn_folder.exists()
         if begins_folder and self.trainer.is_global_zero:
             self.count_drawn(self.images_sampled)  # in another folder

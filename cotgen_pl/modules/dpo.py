@@ -161,12 +161,13 @@ class DPOModule(OfflineModule):
         """Read what the reference says of a set, or have it say so now and keep that."""
         if self.reference_logps == "live":
             return
-        key = self._reference_key(pair_set)
-        self._stored = load_reference(pair_set.folder, key)
-        if self._stored is None:
-            self._stored = self.reference_sums(pair_set, batch_size).float()  # as it is read back
-            if self.trainer.is_global_zero:
-                save_reference(pair_set.folder, self._stored.cpu(), key)
+        with self.phase("reference"):
+            key = self._reference_key(pair_set)
+            self._stored = load_reference(pair_set.folder, key)
+            if self._stored is None:
+                self._stored = self.reference_sums(pair_set, batch_size).float()  # as read back
+                if self.trainer.is_global_zero:
+                    save_reference(pair_set.folder, self._stored.cpu(), key)
 
     def _reference_key(self, pair_set: PairSet) -> dict[str, str | float]:
         """All that the reference's log-probs depend on."""

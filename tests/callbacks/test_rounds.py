@@ -165,7 +165,7 @@ def test_each_round_leaves_a_record(tiny_janus, tmp_path):
     assert [record["round"] for record in records] == [0, 1]
     for number, record in enumerate(records):
         pairs = pair_set(tmp_path, number)
-        assert record["path"] == str(pairs.folder)
+        assert record["path"] == f"rounds/{number}/pairs"
         assert record["policy"] == pairs.settings["policy"]
         expected = {"prompts": PROMPTS, "images": 16, "pairs": 4}
         expected["dropped"] = {"missing": 0, "equal": 0, "margin": 0}
@@ -284,6 +284,18 @@ def test_one_round_draws_nothing_beside_a_finished_set(tiny_janus, tmp_path):
     make_trainer(tmp_path, rounds_of(tmp_path, rounds=1)).fit(module, data)
     assert module.rollouts == 2
     assert not (tmp_path / "rounds").exists()
+    [record] = records_of(tmp_path)
+    counts = {"prompts": 4, "images": 8, "pairs": 4, "dropped": {}}
+    expected = counts | {"path": "set", "mean_margin": 1.0, "round": 0, "updates": 2}
+    assert {name: record[name] for name in expected} == expected
+
+
+def test_a_past_round_whose_pairs_are_not_there_says_what_to_copy(tmp_path):
+    rounds = rounds_of(tmp_path)
+    rounds.round = 1
+    message = r"expected the pairs of a finished round, .*rounds/0/pairs.*; copy the rounds/ folder"
+    with pytest.raises(ValueError, match=message.replace("; copy", ".* copy")):
+        next(rounds.pair_sets(make_trainer(tmp_path), None))
 
 
 def test_rounds_beside_other_data_are_refused(tiny_janus, tmp_path, no_weights):

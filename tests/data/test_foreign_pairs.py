@@ -280,6 +280,52 @@ def test_a_row_without_a_column_is_named(policy, tmp_path):
         ForeignPairs(str(path)).encode(policy)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("label_1", "1.0", "expected a number in column 'label_1', got '1.0'; correct the row"),
+        ("jpg_1", 7, "expected a picture in column 'jpg_1', .*, got int; correct the row"),
+        (
+            "jpg_0",
+            {"path": 7},
+            "expected a picture in column 'jpg_0', .*, got int; correct the row",
+        ),
+    ],
+)
+def test_a_row_with_a_value_of_another_kind_is_named(policy, tmp_path, column, value, message):
+    path = write_source(tmp_path, "jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line]
+    rows[1][column] = value
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=f"source.jsonl, row 2: {message}"):
+        ForeignPairs(str(path)).encode(policy)
+
+
+def test_broken_pages_are_named(policy, tmp_path):
+    path = write_source(tmp_path, "parquet")
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(k) for k in range(group.num_columns)]
+    [column] = [column for column in columns if column.path_in_schema == "jpg_0"]
+    start, size = column.dictionary_page_offset, column.total_compressed_size
+    content = bytearray(path.read_bytes())
+    content[start : start + size] = b"\xff" * size
+    path.write_bytes(content)
+    message = (
+        r"(?s)source.parquet, behind row 0: expected rows that can be read, got: .*; download it"
+    )
+    with pytest.raises(ValueError, match=message):
+        ForeignPairs(str(path)).encode(policy)
+
+
+def test_a_cache_inside_the_source_is_refused(janus, tmp_path):
+    path = write_source(tmp_path, "folder")
+    source = ForeignPairs(str(path), cache=str(path / "tokens"))
+    with pytest.raises(
+        ValueError, match=r"expected a cache outside of the source .*shards/tokens;"
+    ):
+        source.check(make_policy(janus))
+
+
 @pytest.mark.parametrize("caption", ["", "  ", None])
 def test_a_row_without_a_prompt_is_named(janus, tmp_path, caption):
     rows = rows_of()

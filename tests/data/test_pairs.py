@@ -154,6 +154,18 @@ def test_stream_from_a_later_batch_is_the_rest_of_the_run(folder):
     assert [batch.rows.tolist() for batch in rest] == [order[6:8], order[8:10]]
 
 
+def test_a_pass_is_ordered_once(folder, monkeypatch):
+    passes = []
+
+    def count(num_pairs, seed, number):
+        passes.append(number)
+        return draw_order(num_pairs, seed, number)
+
+    monkeypatch.setattr("cotgen_pl.data.pairs.draw_order", count)
+    assert len(list(stream_of(PairSet(folder), pairs_per_batch=2, epochs=3, start=6))) == 9
+    assert passes == [1, 2]
+
+
 # In training ------------------------------------------------------------------------------------
 
 
@@ -273,6 +285,12 @@ def test_epochs_of_the_trainer_are_refused(no_weights, folder):
     message = r"trainer.max_epochs: expected 1, because the whole run is one epoch, got 2; .*"
     with pytest.raises(ValueError, match=message):
         fit(Recorder(), data_of(folder), max_epochs=2)
+
+
+def test_accumulated_gradients_are_refused(no_weights, folder):
+    message = r"accumulate_grad_batches: expected 1, .* got 2; set it to 1, .* by pairs_per_update"
+    with pytest.raises(ValueError, match=message):
+        fit(Recorder(), data_of(folder), accumulate_grad_batches=2)
 
 
 def test_pairs_that_do_not_split_over_processes_are_refused(folder):

@@ -1,6 +1,7 @@
 """DPO: its reference, live and stored, its loss, its metrics, and what it refuses."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,17 @@ def test_stored_log_probs_are_what_training_reads(tiny_janus, pairs):
     rows = fit(make_dpo(tiny_janus), pairs)
     expected = math.log(1 + math.exp(0.1))  # each gap is -1, beta 0.1
     assert rows[1]["train/loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_reading_the_reference_of_a_set_counts_as_reference(tiny_janus, pairs, monkeypatch):
+    read = DPOModule.reference_sums
+
+    def read_slowly(self, pair_set, batch_size):
+        time.sleep(0.2)
+        return read(self, pair_set, batch_size)
+
+    monkeypatch.setattr(DPOModule, "reference_sums", read_slowly)
+    assert fit(make_dpo(tiny_janus), pairs)[1]["perf/reference_s"] >= 0.2
 
 
 def test_a_live_reference_stores_nothing(tiny_janus, pairs):

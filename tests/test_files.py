@@ -1,0 +1,42 @@
+"""Files that are there whole or not at all."""
+
+import resource
+
+import pytest
+
+from cotgen_pl.files import write_whole
+
+
+def test_a_file_is_written_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    write_whole(path, lambda part: part.write_text("one"))
+    write_whole(path, lambda part: part.write_text("two"))
+    assert path.read_text() == "two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(ValueError, match=r"expected room for .*a.txt, got: .*; what was fin"):
+            write_whole(path, lambda part: part.write_text("new" * 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_in_between_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write_and_die(part):
+        part.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, write_and_die)
+    assert path.read_text() == "old"
