@@ -144,22 +144,29 @@ def read_weights(path: str, kind: type[PreTrainedModel], **settings: Any) -> Any
         **settings: For `from_pretrained`.
 
     Raises:
-        ValueError: There are no weights, or some are missing.
+        ValueError: There are no weights, some are missing, or some are of another shape.
     """
     try:
         loaded: Any = kind.from_pretrained(
-            path, local_files_only=Path(path).is_dir(), output_loading_info=True, **settings
+            path,
+            local_files_only=Path(path).is_dir(),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with names
+            **settings,
         )
     except OSError as error:
         raise ValueError(
             f"expected weights in {path}, got: {_first_line(error)}; download the checkpoint again"
         ) from error
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
+    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    misshapen = sorted(name for name, *_ in report["mismatched_keys"])
+    if missing or misshapen:
         raise ValueError(
-            f"expected all weights of a {kind.__name__} in {path}, got none for {len(missing)} "
-            f"of them, {missing[0]} among them; convert or download the checkpoint again"
+            f"expected all weights of a {kind.__name__} in {path}, got none for {len(missing)} of "
+            f"them (first: {missing[:1]}), {len(misshapen)} of another shape (first: "
+            f"{misshapen[:1]}) and {len(unknown)} unknown ones (first: {unknown[:3]}); convert or "
+            "download the checkpoint again"
         )
     return model
 

@@ -58,6 +58,8 @@ class Scores:
     """Weight of each part in the total; 0 for parts that are only watched."""
     details: list[dict[str, Any]] | None = None
     """Per image, what to look at: failed clauses, boxes, text answered."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each reward took, by its name."""
 
     @classmethod
     def single(
@@ -66,6 +68,29 @@ class Scores:
         """The verdict of a scorer whose only part is itself."""
         values = values.float()
         return cls(values, {name: values}, {name: 1.0}, details)
+
+    @classmethod
+    def join(cls, batches: Sequence[Scores]) -> Scores:
+        """The verdicts of one reward on consecutive batches, as one; times are not kept."""
+        first = batches[0]
+        details = None
+        if first.details is not None:
+            details = [entry for batch in batches for entry in batch.details or []]
+        parts = {name: torch.cat([batch.parts[name] for batch in batches]) for name in first.parts}
+        total = torch.cat([batch.total for batch in batches])
+        return cls(total, parts, first.weights, details)
+
+    def replace(self, rows: Tensor, other: Scores) -> None:
+        """Put the totals and parts of other images, [len(rows)] each, in the place of some."""
+        self.total[rows] = other.total
+        for name, values in other.parts.items():
+            self.parts[name][rows] = values
+
+    def to(self, device: torch.device) -> Scores:
+        """The same verdicts, float32, on another device."""
+        parts = {name: values.to(device).float() for name, values in self.parts.items()}
+        total = self.total.to(device).float()
+        return Scores(total, parts, self.weights, self.details, self.seconds)
 
 
 @dataclass
@@ -223,8 +248,20 @@ class Reward(nn.Module, ABC):
     callable. Constructing one is cheap and checks its arguments; `load` reads the weights.
     """
 
+    name: str
+    """Under which its time, and a single score, are logged; its class's unless it has its own."""
     required_facts: tuple[str, ...] = ()
     """Facts that each prompt must have; missing ones stop a run before any weights load."""
+    device: str | None = None
+    """Where it scores, like `cuda:1`, or `remote`; None means on the device of the pictures."""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        cls.name = vars(cls).get("name", cls.__name__)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise a ValueError for a prompt that it cannot judge by, before weights load."""
+        return
 
     def load(self) -> Reward:
         """Read the weights, if there are any; a second call does nothing. Returns self."""
@@ -262,8 +299,15 @@ def check_positive(**values: int | None) -> None:
             )
 
 
+def check_share(**values: float) -> None:
+    """Raise a ValueError that names the first setting outside 0 to 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"expected {name} from 0 to 1, a share, got {value}; set it so")
+
+
 def check_scores(
-    scores: Scores, num_images: int, name: str, *, verdict_needed: bool = True
+    scores: Scores, num_images: int, name: str, *, most_missing: float | None = 1.0
 ) -> None:
     """Raise a ValueError unless a reward's verdict fits the images and says something.
 
@@ -271,8 +315,14 @@ def check_scores(
         scores: The verdict.
         num_images: B.
         name: The reward's name, for the message.
-        verdict_needed: Refuse NaN (no verdict) for all images.
+        most_missing: Largest share of images that may lack a verdict (NaN); all of them never may.
+            None accepts any share.
     """
+    if not isinstance(scores, Scores):
+        raise ValueError(
+            f"reward {name}: expected Scores, got {type(scores).__name__}; return "
+            "Scores.single(name, values) from its score()"
+        )
     for part, values in {"total": scores.total, **scores.parts}.items():
         if values.shape != (num_images,):
             raise ValueError(
@@ -285,8 +335,20 @@ def check_scores(
                 f"{values[torch.isinf(values)][0].item()} in {part}; look for a division by 0 or "
                 "a logarithm of 0 in the scorer"
             )
-    if verdict_needed and torch.isnan(scores.total).all():
+    if most_missing is not None:
+        _check_missing(scores.total, name, most_missing)
+
+
+def _check_missing(total: Tensor, name: str, most_missing: float) -> None:
+    missing = total.isnan()
+    if missing.all():
         raise ValueError(
-            f"reward {name}: expected scores, got NaN (no verdict) for all {num_images} images; "
+            f"reward {name}: expected scores, got NaN (no verdict) for all {len(total)} images; "
             "look at the scorer's own output for these prompts before resuming"
+        )
+    if missing.float().mean() > most_missing:
+        raise ValueError(
+            f"reward {name}: expected a share of at most {most_missing} of the images without "
+            f"verdict, got {int(missing.sum())} of {len(total)}; look at the scorer's own output, "
+            "or raise most_missing"
         )

@@ -28,7 +28,8 @@ def reward_metrics(scores: Scores, group_size: int) -> dict[str, Tensor]:
     `reward`: mean of the totals. `reward_std`: mean over groups of the sample deviation (G - 1).
     `frac_reward_zero_std`: share of groups without variance or with fewer than two verdicts,
     whatever the advantages' scaling (TRL counts by that). `frac_no_verdict`: share of images.
-    `rewards/<part>/mean` and `/std` (sample): of each part. Missing verdicts are left out.
+    `rewards/<part>/mean` and `/std` (sample): of each part, missing verdicts left out;
+    `rewards/<part>/missing`: share of images without one.
 
     >>> totals = torch.tensor([1.0, 3.0, 2.0, 2.0])
     >>> metrics = reward_metrics(Scores.single("taste", totals), group_size=2)
@@ -45,6 +46,7 @@ def reward_metrics(scores: Scores, group_size: int) -> dict[str, Tensor]:
     for name, values in scores.parts.items():
         metrics[f"rewards/{name}/mean"] = values.nanmean()
         metrics[f"rewards/{name}/std"] = _sample_std(values)
+        metrics[f"rewards/{name}/missing"] = values.isnan().float().mean()
     return metrics
 
 
@@ -52,7 +54,7 @@ def _sample_std(values: Tensor) -> Tensor:
     """Deviation along the last axis without NaN; NaN for fewer than two."""
     count = (~values.isnan()).sum(-1)
     squares = (values - values.nanmean(-1, keepdim=True)).square().nansum(-1)
-    return (squares / (count - 1)).sqrt()
+    return (squares / (count - 1).clamp(min=0)).sqrt()  # 0 / 0 for none as for one
 
 
 def parity_metrics(sampled: Tensor, replayed: Tensor) -> dict[str, Tensor]:

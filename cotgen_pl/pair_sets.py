@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -158,7 +159,8 @@ class PairSet:
     """A finished pair set, read in constant memory; pictures are never read.
 
     `datasets` copies all other columns into the folder once, and maps that copy into memory: a
-    batch is read from disk when it is asked for. A shard that changes makes a new copy.
+    batch is read from disk when it is asked for. A shard that changes, and a folder that moves,
+    make a new copy, and the old one goes.
 
     Args:
         folder: Of the set.
@@ -187,6 +189,7 @@ class PairSet:
                 "or take a reward or margin that tells them apart"
             )
         self._rows = self._map().with_format("arrow")
+        self._drop_old_copies()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -222,6 +225,13 @@ class PairSet:
             for path in self._shards:
                 _check_pages(path)
             raise
+
+    def _drop_old_copies(self) -> None:
+        """Remove those of shards that have changed or lay elsewhere: `datasets` keys by path."""
+        files = [Path(file["filename"]).resolve() for file in self._rows.cache_files]
+        for copy in (self.folder / READING / "parquet").resolve().iterdir():
+            if not any(copy in file.parents for file in files):
+                shutil.rmtree(copy, ignore_errors=True)  # whoever has mapped it keeps it
 
     def check_fits(self, policy: Policy) -> None:
         """Raise a ValueError unless all tokens are codes of the policy, as many as it draws."""

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import write_prompts
 from tools import build_shapes
-from tools.main import CommandLine, WholeCheckpoints, main
+from tools.main import CommandLine, SaveRunConfig, WholeCheckpoints, main
 
 BUDGET, PER_UPDATE = 48, 8  # six rollouts
 CLOCK = {"perf/images_per_s", "perf/peak_memory_gb"}  # with perf/*_s, what two equal runs differ in
@@ -174,6 +174,63 @@ def test_checkpoints_are_written_whole_unless_a_run_names_a_way_of_its_own(
         patch.setattr(CommandLine, "_run_subcommand", lambda self, subcommand: None)
         trainer = main(arguments).trainer
     assert type(trainer.strategy.checkpoint_io).__name__ == (plugin or "WholeCheckpoints")
+
+
+@pytest.mark.parametrize("logger", [True, False])
+def test_a_disk_that_fills_up_in_training_costs_nothing_but_time(
+    run, repository, tmp_path, monkeypatch, logger
+):
+    """TensorBoard's file is the first that has no room; without it, metrics.csv."""
+    settings, whole = run
+    folder, config, limits = tmp_path / "run", tmp_path / "run.yaml", []
+
+    def fill_disk(self, trainer, pl_module, batch, batch_idx):
+        if pl_module.rollouts == 3:
+            limits.append(resource.getrlimit(resource.RLIMIT_FSIZE))
+            size = (folder / "metrics.csv").stat().st_size + 50
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[0][1]))
+
+    trainer = settings["trainer"] | {"logger": logger}
+    trainer["callbacks"] = [*trainer["callbacks"], piece("tests.toys.StopAt", rollout=0)]
+    config.write_text(yaml.safe_dump(settings | {"trainer": trainer}))
+    monkeypatch.setattr("tests.toys.StopAt.on_train_batch_start", fill_disk)
+    where = ["--trainer.default_root_dir", str(folder)]
+    monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--config", str(config), *where])
+    try:
+        with pytest.raises(SystemExit) as refusal:
+            runpy.run_path(str(repository / "tools/main.py"), run_name="__main__")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits[0])
+    what = "the files of a run" if logger else f"{folder / 'metrics.csv'}"
+    assert str(refusal.value.code).startswith(f"error: expected room for {what}, got: ")
+    assert str(refusal.value.code).endswith("free some room, and go on with --ckpt_path last")
+    fit(settings, folder, "--ckpt_path", "last")
+    assert_same(read_checkpoint(folder), read_checkpoint(whole))
+    assert read_metrics(folder) == read_metrics(whole)
+
+
+def test_a_full_disk_keeps_what_a_run_says_of_itself(run, tmp_path, monkeypatch):
+    settings, whole = run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    names = ("config.yaml", "run.json", "metrics.csv", "checkpoints/last.ckpt")
+    before = {name: (folder / name).read_bytes() for name in names}
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    resume = ["fit", "--config", str(config), "--ckpt_path", "last", "--trainer.logger", "false"]
+    resume += ["--trainer.default_root_dir", str(folder)]
+    write = SaveRunConfig.on_train_start
+    for size, name in ((100, "run.json"), (1500, "config.yaml")):
+
+        def write_on_a_full_disk(*arguments: Any, size: int = size) -> None:
+            with little_room(size):
+                write(*arguments)
+
+        monkeypatch.setattr(SaveRunConfig, "on_train_start", write_on_a_full_disk)
+        with pytest.raises(ValueError, match=f"room for .*{name}, got: "):
+            main(resume)
+    assert {name: (folder / name).read_bytes() for name in names} == before
+    assert not list(folder.glob(".*"))
 
 
 # A run ------------------------------------------------------------------------------------------
@@ -441,6 +498,53 @@ def test_a_build_without_a_checkpoint_starts_afresh(tmp_path, monkeypatch, check
     build_shapes.fine_tune(tmp_path / "vq", folder, 1e-3, 10, 0.0, 0)
     assert folder.exists() == bool(checkpoint)
     assert ("--ckpt_path" in commands[0]) == bool(checkpoint)
+
+
+def test_a_run_that_broke_down_before_its_first_interval_goes_on_bit_for_bit(run, tmp_path):
+    settings, whole = run
+    folder = tmp_path / "run"
+    stop = piece("tests.toys.StopAt", rollout=2)
+    trainer = settings["trainer"]
+    broken = {**settings, "trainer": {**trainer, "callbacks": [*trainer["callbacks"], stop]}}
+    with pytest.raises(RuntimeError, match="the machine went down"):
+        fit(broken, folder)
+    assert read_checkpoint(folder)["progress"]["rollouts"] == 0
+    fit(settings, folder, "--ckpt_path", "last")
+    assert_same(read_checkpoint(folder), read_checkpoint(whole))
+    assert read_metrics(folder) == read_metrics(whole)
+
+
+def test_what_a_run_is_stands_in_its_folder_before_its_start_is_scored(run, tmp_path, monkeypatch):
+    def die(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("the machine went down")
+
+    monkeypatch.setattr("cotgen_pl.callbacks.evaluation.SuiteEvaluation.observe", die)
+    with pytest.raises(RuntimeError, match="the machine went down"):
+        fit(run[0], tmp_path / "run")
+    found = [p.name for p in (tmp_path / "run").rglob("*") if p.is_file() and "tfev" not in p.name]
+    assert sorted(found) == ["config.yaml", "last.ckpt", "run.json"]
+
+
+def test_what_the_data_refuse_leaves_no_run(run, tmp_path, monkeypatch):
+    """Once the weights are there: pictures that do not decode are found out as late."""
+
+    def refuse(self):
+        raise ValueError("expected other data")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cotgen_pl.data.prompts.PromptData.train_dataloader", refuse)
+        with pytest.raises(ValueError, match="expected other data"):
+            fit(run[0], tmp_path / "run")
+    names = ("config.yaml", "run.json", "metrics.csv", "checkpoints")
+    assert not [name for name in names if (tmp_path / "run" / name).exists()]
+
+
+def test_setup_checks_come_before_the_run_s_files(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(JanusPolicy, "load", None)
+    with pytest.raises(ValueError, match=r"trainer.max_epochs: expected 1"):
+        fit(run[0], tmp_path / "run", "--trainer.max_epochs", "2")
+    names = ("config.yaml", "run.json", "metrics.csv")
+    assert not [name for name in names if (tmp_path / "run" / name).exists()]
 
 
 # Validation -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import resource
 
 import pytest
 
-from cotgen_pl.files import write_whole
+from cotgen_pl.files import append_whole, write_whole
 
 
 def test_a_file_is_written_and_nothing_beside_it(tmp_path):
@@ -40,3 +40,20 @@ def test_a_kill_in_between_keeps_the_old_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, write_and_die)
     assert path.read_text() == "old"
+
+
+def test_text_is_added_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    append_whole(path, "one\n")
+    append_whole(path, "two\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"expected room for .*a.txt, got: .* free some room, and go on with --ckpt_path last"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(ValueError, match=message):
+            append_whole(path, "three" * 1000)
+        assert path.read_text() == "one\ntwo\n"
+        append_whole(path, "four\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "one\ntwo\nfour\n"

@@ -29,6 +29,12 @@ def test_reward_metrics_leave_missing_verdicts_out():
     assert metrics["rewards/b/std"] == pytest.approx(math.sqrt(60 / 8))
 
 
+def test_a_group_without_verdicts_has_no_deviation():
+    totals = torch.tensor([1.0, 3.0, NAN, NAN])
+    metrics = reward_metrics(Scores.single("a", totals), 2)
+    assert metrics["reward_std"].item() == pytest.approx(math.sqrt(2))
+
+
 def test_parity_metrics():
     sampled = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
     replayed = torch.tensor([[-1.0, -2.5], [-2.8, -4.0]])

@@ -140,6 +140,24 @@ def test_a_set_that_is_made_anew_is_read_anew(finished):
     assert not torch.equal(after.batch([0]).chosen, before)
 
 
+def test_one_copy_for_reading_is_kept_wherever_the_set_is(tmp_path, monkeypatch):
+    def copies(folder):
+        return list((folder / ".reading").rglob("*.arrow"))
+
+    before = write_pairs(tmp_path / "a", 3)
+    tokens = before.batch([0, 1, 2]).chosen
+    [first] = copies(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert torch.equal(PairSet(tmp_path / "b").batch([0, 1, 2]).chosen, tokens)
+    [second] = copies(tmp_path / "b")
+    assert second.relative_to(tmp_path / "b") != first.relative_to(tmp_path / "a")
+    assert torch.equal(before.batch([0, 1, 2]).chosen, tokens)  # still mapped
+    written = second.stat().st_mtime_ns
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(PairSet("b").batch([0, 1, 2]).chosen, tokens)
+    assert [path.stat().st_mtime_ns for path in copies(tmp_path / "b")] == [written]
+
+
 def test_pictures_are_not_copied_for_reading(finished):
     stored = set(finished._rows.column_names)
     assert {"caption", "tokens_0"} <= stored

@@ -2,17 +2,22 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
+from jsonargparse import ArgumentParser
 
 from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation
 from cotgen_pl.callbacks.pair_evaluation import PairEvaluation
 from cotgen_pl.callbacks.rounds import IterativeRounds
 from cotgen_pl.data.pairs import PairData
+from cotgen_pl.interfaces import Prompt, Reward
 from cotgen_pl.modules.dpo import DPOModule
+from cotgen_pl.rewards.function import FunctionReward
 from cotgen_pl.shapes.checkpoint import build_janus, build_tokenizer, save_janus
 from tests.rewards.test_hps import write as write_small_hps
 from tests.toys import Brightness, fit, make_grpo, make_policy, make_trainer, write_prompts
@@ -140,6 +145,73 @@ def test_the_way_from_a_prompt_file_to_a_model_can_be_gone(readme, workplace, sm
     source = elsewhere["data"]["init_args"]["source"]["path"]
     shutil.copytree(folder / "rounds" / "0" / "pairs" / "data", source)
     run("runs/elsewhere", callbacks, **elsewhere)
+
+
+@pytest.fixture
+def rewards_section(readme):
+    return readme[readme.index("## Rewards") : readme.index("## Configuration by example")]
+
+
+def test_every_piece_of_a_reward_is_in_the_table(rewards_section, repository):
+    rows = [row for row in rewards_section.splitlines() if row.startswith("| `")]
+    named = {
+        piece: row.split("`")[1] for row in rows for piece in re.findall(r"`(\S+)\.yaml`", row)
+    }
+    pieces = sorted((repository / "configs" / "rewards").glob("*.yaml"))
+    assert len(pieces) >= 12
+    for path in pieces:
+        class_path = yaml.safe_load(path.read_text())["class_path"]
+        assert class_path.endswith(f".{named[path.stem]}")
+    assert set(named) - {"configs/grpo_shapes"} == {path.stem for path in pieces}
+
+
+def test_examples_of_rewards_are_read(rewards_section, workplace):
+    (workplace / "my_rewards.py").write_text(
+        "def redness(prompts, images, **columns): ...\n"
+        "def contrast(prompts, images, **columns): ...\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setenv("JUDGE_KEY", "a-key")
+        patch.delitem(sys.modules, "my_rewards", raising=False)
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(Reward, "reward")
+        examples = [yaml.safe_load(block) for block in blocks(rewards_section, "yaml")]
+        built = [
+            parser.instantiate_classes(parser.parse_object({"reward": example})).reward
+            for example in examples
+        ]
+        sys.modules.pop("my_rewards")
+    assert [type(reward).__name__ for reward in built] == [
+        "Ensemble",
+        "FunctionReward",
+        "RemoteReward",
+    ]
+
+
+def test_a_reward_of_ten_lines_trains_by_the_command_beside_it(
+    rewards_section, workplace, repository, tiny_janus, monkeypatch
+):
+    import main
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (workplace / "cotgen_pl").symlink_to(repository / "cotgen_pl")
+    section = rewards_section[rewards_section.index("### Write your own") :]
+    (code,), (command,) = blocks(section, "python"), blocks(section, "bash")[:1]
+    assert len(code.strip().splitlines()) <= 10
+    (workplace / "my_rewards.py").write_text(code)
+    small = ["--model.init_args.policy.init_args.path", str(tiny_janus), "--trainer.max_steps", "1"]
+    small += ["--model.init_args.images_per_update", "8", "--trainer.callbacks", "null"]
+    main.main([*command.split()[2:], *small, "--trainer.enable_checkpointing", "false"])
+    rows = Path("runs/redness/metrics.csv").read_text().splitlines()
+    (value,) = (row.split(",")[3] for row in rows if ",train/rewards/redness/mean," in row)
+    assert abs(float(value)) <= 1
+    picture = torch.zeros(2, 3, 8, 8)
+    picture[:, 0] = 1
+    asked = [Prompt("a red cube"), Prompt("a blue cube")]
+    reward = FunctionReward("my_rewards.redness")
+    assert reward.score(picture, asked).total.tolist() == [1.0, -1.0]
+    del sys.modules["my_rewards"]
 
 
 def test_the_file_tree_names_every_module(readme, repository):

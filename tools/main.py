@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -25,7 +26,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 import cotgen_pl
 from cotgen_pl.callbacks.export import HuggingFaceExport
-from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint
+from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint, StartCheckpoint
 from cotgen_pl.callbacks.metrics import MetricsFile
 from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
@@ -46,25 +47,38 @@ EXPECTED = (
 # What Lightning resolves by itself, beside `last`.
 RESOLVED_BY_LIGHTNING = ("best", "hpc")
 
+# No space, quota used up, file beyond `ulimit -f`.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder, in training alone.
+    """Writes config.yaml into the run folder, and beside it what was found out: run.json.
 
-    Once all checks are over: a run that was refused leaves none. Without ckpt_path: a resumed run's
-    file, too, runs again by itself.
+    In training alone, and once callbacks, weights and data have had no objection: a run that was
+    refused leaves none. Without ckpt_path: a resumed run's file, too, runs again by itself.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, from the first process."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write both files, from the first process."""
+        assert isinstance(pl_module, PolicyModule)
         if trainer.is_global_zero:
-            config = self.config.clone()
-            config.ckpt_path = None
-            path = Path(trainer.default_root_dir) / self.config_filename
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
+            folder = Path(trainer.default_root_dir)
+            found = json.dumps(self._found_out(pl_module), indent=2, ensure_ascii=False) + "\n"
+            write_whole(folder / "run.json", lambda part: part.write_text(found))
+            write_whole(folder / self.config_filename, self._write_config)
+
+    def _found_out(self, module: PolicyModule) -> dict[str, Any]:
+        versions = {name: version(name) for name in ("torch", "transformers", "lightning")}
+        own = {"cotgen_pl": cotgen_pl.__version__}
+        return {**own, **versions, "policy": module.policy.describe()}
+
+    def _write_config(self, path: Path) -> None:
+        config = self.config.clone()
+        config.ckpt_path = None
+        self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
 
 
 class Curves(TensorBoardLogger):
@@ -121,7 +135,7 @@ class CommandLine(LightningCLI):
 
         Not into the configuration: the saved one would lead another run into this folder. The end
         of training is saved and scored in every run, so what ends it goes first, and what saves it
-        last.
+        last. The start is saved before anything is done at it.
         """
         trainer = super().instantiate_trainer(logger=self._loggers(), **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither named nor sharded
@@ -130,8 +144,9 @@ class CommandLine(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning would put them into the folder of the first logger.
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        callbacks = [*trainer.callbacks, FinalCheckpoint()]
-        trainer.callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, Timer))
+        callbacks = [StartCheckpoint(), *trainer.callbacks, FinalCheckpoint()]
+        first = (StartCheckpoint, Timer, SaveRunConfig)
+        trainer.callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, first))
         return trainer
 
     def _loggers(self) -> list[Logger]:
@@ -164,18 +179,9 @@ class CommandLine(LightningCLI):
             raise ValueError(
                 f"expected last.ckpt in {names} for --ckpt_path last, got none; name the run's "
                 "folder by --trainer.default_root_dir, a checkpoint by --ckpt_path FILE, or leave "
-                "out --ckpt_path to begin with the policy's own weights"
+                "out --ckpt_path to begin with the policy's own weights (for a run that ended "
+                "before its first checkpoint, remove its folder first)"
             )
-
-    def before_fit(self) -> None:
-        """Write what was found out rather than configured beside the configuration."""
-        if self.trainer.is_global_zero:
-            versions = {name: version(name) for name in ("torch", "transformers", "lightning")}
-            found = {"cotgen_pl": cotgen_pl.__version__, **versions}
-            found |= {"policy": self.model.policy.describe()}
-            path = Path(self.trainer.default_root_dir) / "run.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
     def before_validate(self) -> None:
         """Leave out the data: the module alone gives the loop a batch, suites have own prompts."""
@@ -191,11 +197,11 @@ class CommandLine(LightningCLI):
         self.model.print("\n".join(lines))
 
 
-def main(args: ArgsType = None) -> CommandLine:
-    """Run the command line; `args` stand in for those of the process."""
+def main(args: ArgsType = None, command_line: type[CommandLine] = CommandLine) -> CommandLine:
+    """Run a command line; `args` stand in for those of the process."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
-    return CommandLine(
+    return command_line(
         PolicyModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -207,17 +213,32 @@ def main(args: ArgsType = None) -> CommandLine:
     )
 
 
-def find_mistake(error: ValueError) -> BaseException:
-    """The ValueError of this package inside jsonargparse's, or the error itself without one.
+def find_mistake(error: Exception) -> str | None:
+    """What to say of an error in one line, or None where only its traceback helps.
 
-    jsonargparse puts all that it was building around what a constructor raised.
+    Libraries put their own errors around ours: jsonargparse around what a constructor raised,
+    Lightning's TensorBoardLogger around the operating system's word on a full disk.
     """
-    link: BaseException | None = error
-    while link is not None:
+    links = _chain(error)
+    for link in links:
         if isinstance(link, ValueError) and _raised_here(link):
-            return link
-        link = link.__cause__ or link.__context__
-    return error
+            return str(link)
+    for link in links:
+        if isinstance(link, OSError) and link.errno in FULL_DISK:
+            return (
+                f"expected room for the files of a run, got: {link}; what was finished before it "
+                "stays: free some room, and go on with --ckpt_path last"
+            )
+    return str(error) if isinstance(error, ValueError) else None
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An error and what led to it, each once: an error that is raised again can lead to itself."""
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__ or error.__context__
+    return links
 
 
 def _raised_here(error: BaseException) -> bool:
@@ -231,5 +252,8 @@ def _raised_here(error: BaseException) -> bool:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(f"error: {find_mistake(error)}")
+    except (ValueError, OSError) as error:
+        mistake = find_mistake(error)
+        if mistake is None:
+            raise
+        sys.exit(f"error: {mistake}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cotgen_pl.interfaces import check_positive
 from cotgen_pl.modules.base import PolicyModule
@@ -18,6 +20,15 @@ def training_ends(trainer: Trainer) -> bool:
     last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     out_of_steps = 0 <= trainer.max_steps <= trainer.global_step  # -1 is none
     return trainer.should_stop or out_of_steps or (last_epoch and last_batch)
+
+
+def save_last(trainer: Trainer) -> None:
+    """Write the checkpoint that `--ckpt_path last` reads, where one is kept."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
+            path = str(Path(callback.dirpath) / "last.ckpt")
+            callback.last_model_path = path  # a part of what is saved: it is written again
+            trainer.save_checkpoint(path)
 
 
 class Observer(Callback, ABC):

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cotgen_pl.callbacks.base import Observer
-from cotgen_pl.data.prompts import PromptFile, check_scorable, read_prompts
-from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores, check_positive, freeze
+from cotgen_pl.callbacks.suites import (
+    OWN,
+    JudgedSuite,
+    Metrics,
+    Suite,
+    domain_mean,
+    domain_means,
+    domain_verdicts,
+    domains_of,
+    judge_suite,
+    read_suite,
+)
+from cotgen_pl.data.prompts import check_scorable
+from cotgen_pl.interfaces import Policy, Prompt, Reward, check_positive
 from cotgen_pl.modules.base import PolicyModule, scorer_of
+from cotgen_pl.monitors import Course, watch_hacking
 from cotgen_pl.sampling import forced_logits
 
-Metrics = dict[str, float]
-UNNAMED = "other"  # where prompts of no category are counted
+__all__ = ["Suite", "SuiteEvaluation", "format_table"]
 
-
-@dataclass
-class Suite:
-    """Held-out prompts and the scorer that judges pictures of them."""
-
-    name: str
-    domain: Literal["id", "ood", "shift"]
-    """In domain, out of domain, or a suite that moves one thing and enters no mean."""
-    files: list[PromptFile]
-    reward: Reward | None = None
-    """Absent means the training reward."""
+ALARM = "val/alarm/reward_hacking"
 
 
 class SuiteEvaluation(Observer):
@@ -37,9 +39,19 @@ class SuiteEvaluation(Observer):
 
     Logged: `val/<domain>/<suite>/<category>` (mean over images), `val/<domain>/<suite>/mean` (over
     categories), `val/<domain>/<suite>/parts/<part>` for each watched part of the scorer (mean over
-    categories), `val/id/mean` and `val/ood/mean` (over suites), `val/gap` (in domain less out of
-    domain), and `val/kl_to_base`: the KL divergence of the sampled distribution to that of the
-    start weights, exact over the codebook, along the images drawn, mean per token, in nats.
+    categories), `val/<domain>/<suite>/diversity` (of a prompt's images, see
+    `cotgen_pl.monitors.diversity`; mean over categories), `val/id/mean` and `val/ood/mean` (over
+    suites), `val/gap` (in domain less out of domain), and `val/kl_to_base`: the KL divergence of
+    the sampled distribution to that of the start weights, exact over the codebook, along the images
+    drawn, mean per token, in nats.
+
+    With `watched`: `val/watched/<domain>/<reward>` (mean over suites of the mean over categories)
+    in domain and out of domain. Where the module trains on a reward and a suite is in domain, the
+    reward scores that suite's images too, and `val/alarm/reward_hacking` is 1 where it goes up
+    while a watched score or `val/ood/mean` goes down, else 0; the rule is that of
+    `cotgen_pl.monitors.watch_hacking`, on as many images of each prompt as every evaluation has. A
+    warning names what fell. An ensemble that standardises its parts has the same mean at all times
+    and so never gives an alarm.
 
     Args:
         suites: What is scored.
@@ -49,6 +61,8 @@ class SuiteEvaluation(Observer):
         batch_size: Images drawn at a time, on each process.
         kl_images: Images of each in-domain and out-of-domain suite along which the divergence is
             taken; 0 leaves it out.
+        watched: Rewards, by names of your own, that are looked at and not trained on; absent means
+            no alarm, none at all ({}) that `val/ood/mean` alone is watched.
     """
 
     def __init__(
@@ -59,12 +73,14 @@ class SuiteEvaluation(Observer):
         final_images_per_prompt: int = 8,
         batch_size: int = 256,
         kl_images: int = 64,
+        watched: dict[str, Reward] | None = None,
     ) -> None:
         names = [suite.name for suite in suites]
         if not suites or len(set(names)) < len(names):
             raise ValueError(
                 f"expected suites with names of their own, got {names}; name each once"
             )
+        _check_watched(watched or {})
         super().__init__(every_n_updates)
         check_positive(
             images_per_prompt=images_per_prompt,
@@ -75,11 +91,14 @@ class SuiteEvaluation(Observer):
         self.images_per_prompt = images_per_prompt
         self.final_images_per_prompt = final_images_per_prompt
         self.batch_size, self.kl_images = batch_size, kl_images
-        self.prompts = {suite.name: _read_suite(suite) for suite in suites}
+        self.prompts = {suite.name: read_suite(suite) for suite in suites}
         self.first: Metrics = {}
         self.last: Metrics = {}
         self.last_scored = -1
         """Rollouts before the last scores."""
+        self.watched = watched
+        self.course: Course | None = None
+        """What the alarm remembers."""
 
     # When ---------------------------------------------------------------------------------------
 
@@ -88,7 +107,9 @@ class SuiteEvaluation(Observer):
         assert isinstance(pl_module, PolicyModule)
         for suite in self.suites:
             prompts = self.prompts[suite.name]
-            check_scorable(prompts, _scorer(pl_module, suite))
+            _check_shares(suite, len(prompts), trainer.world_size)
+            for reward in self._rewards(pl_module, suite).values():
+                check_scorable(prompts, reward)
             pl_module.policy.check_prompts([prompt.drawn_text for prompt in prompts])
 
     def observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
@@ -133,67 +154,89 @@ class SuiteEvaluation(Observer):
         return self._generate_state_key(suites=[suite.name for suite in self.suites])
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores of the start and the last ones, for the table at the end of a resumed run."""
-        return {"first": self.first, "last": self.last, "last_scored": self.last_scored}
+        """The scores of the start and the last ones, and the alarm's memory, for a resumed run."""
+        return {
+            "first": self.first,
+            "last": self.last,
+            "last_scored": self.last_scored,
+            "course": vars(self.course) if self.course else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the scores."""
         self.first, self.last = state_dict["first"], state_dict["last"]
         self.last_scored = state_dict["last_scored"]
+        self.course = Course(**state_dict["course"]) if state_dict["course"] else None
 
     # What ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, module: PolicyModule, images_per_prompt: int) -> Metrics:
         """Score all suites, log the metrics and return them."""
+        with module.own_random_state("evaluation"):  # of rewards that use it
+            judged = [self._judge(module, suite, images_per_prompt) for suite in self.suites]
         metrics: Metrics = {}
-        divergences: list[float] = []
-        for suite in self.suites:
-            metrics |= self._score_suite(module, suite, images_per_prompt)
-            if self.kl_images and suite.domain != "shift":
-                divergences.append(self._divergence(module, self.prompts[suite.name]))
-        metrics |= _domain_means(metrics, self.suites)
-        if divergences:
-            metrics["val/kl_to_base"] = sum(divergences) / len(divergences)
+        for suite in judged:
+            metrics |= suite.metrics()
+        metrics |= domain_means(judged) | self._watched_means(judged)
+        if self.kl_images:
+            metrics |= self._divergences(module)
+        if any("trained" in suite.verdicts for suite in judged):
+            metrics[ALARM] = float(self._watch(module, judged))
         self.last, self.last_scored = metrics, module.rollouts
         for logger in module.trainer.loggers:
             logger.log_metrics(metrics, step=module.rollouts)
         return metrics
 
-    def _score_suite(self, module: PolicyModule, suite: Suite, images_per_prompt: int) -> Metrics:
-        """Means per category; each process draws its share of the prompts."""
-        prompts = self.prompts[suite.name]
-        categories = list(dict.fromkeys(prompt.category for prompt in prompts))
-        reward = _ready(_scorer(module, suite), module)
-        sums: dict[str, Tensor] = {}
-        for part in self._share(module, prompts, images_per_prompt):
-            scores = _draw_and_score(module, reward, part, images_per_prompt)
-            rows = torch.tensor(
-                [
-                    categories.index(prompt.category)
-                    for prompt in part
-                    for _ in range(images_per_prompt)
-                ],
-                device=module.device,
-            )
-            for name, values in {"total": scores.total, **scores.parts}.items():
-                new = torch.zeros(2, len(categories), dtype=torch.float64, device=module.device)
-                seen = ~values.isnan()
-                new[0].index_add_(0, rows[seen], values[seen].double())
-                new[1].index_add_(0, rows[seen], torch.ones_like(values[seen]).double())
-                sums[name] = sums.get(name, 0) + new
-        return _suite_metrics(
-            suite, categories, {n: module.sum_over_processes(s) for n, s in sums.items()}
-        )
+    def _judge(self, module: PolicyModule, suite: Suite, images_per_prompt: int) -> JudgedSuite:
+        rewards, prompts = self._rewards(module, suite), self.prompts[suite.name]
+        return judge_suite(module, suite, prompts, rewards, images_per_prompt, self.batch_size)
 
-    def _share(
-        self, module: PolicyModule, prompts: list[Prompt], copies: int
-    ) -> Iterator[list[Prompt]]:
-        """This process's prompts, in batches."""
-        own = prompts[module.global_rank :: module.trainer.world_size]
-        size = max(1, self.batch_size // copies)
-        for start in range(0, len(own), size):
-            yield own[start : start + size]
+    def _rewards(self, module: PolicyModule, suite: Suite) -> dict[str, Reward]:
+        """All that judge a suite: its own, those that are watched, and the one trained on."""
+        rewards = {OWN: scorer_of(module, suite.reward, f"suite {suite.name}")}
+        if self.watched is None or suite.domain == "shift":
+            return rewards
+        rewards |= {f"watched/{name}": reward for name, reward in self.watched.items()}
+        trained = getattr(module, "reward", None)
+        if suite.domain == "id" and isinstance(trained, Reward) and not _validates(module):
+            rewards["trained"] = trained
+        return rewards
+
+    def _watched_means(self, judged: Sequence[JudgedSuite]) -> Metrics:
+        return {
+            f"val/watched/{domain}/{name}": domain_mean(judged, domain, f"watched/{name}")
+            for domain in domains_of(self.suites)
+            for name in self.watched or {}
+        }
+
+    def _watch(self, module: PolicyModule, judged: Sequence[JudgedSuite]) -> bool:
+        """Whether the alarm is on, with a warning that names what fell."""
+        if module.rollouts == 0:
+            self.course = None  # a run that was interrupted before its first update starts over
+        copies = min(self.images_per_prompt, self.final_images_per_prompt)  # those that all have
+        domains = domains_of(self.suites)
+        watched = {
+            f"val/watched/{place}/{name}": domain_verdicts(judged, place, copies, f"watched/{name}")
+            for place in domains
+            for name in self.watched or {}
+        }
+        if "ood" in domains:
+            watched["val/ood/mean"] = domain_verdicts(judged, "ood", copies)
+        trained = domain_verdicts(judged, "id", copies, "trained")
+        self.course, names = watch_hacking(self.course, trained, watched)
+        if names:
+            rank_zero_warn(
+                f"reward hacking at update {module.rollouts}? The trained reward has risen on the "
+                f"in-domain suites, while {', '.join(names)} fell; look at the pictures, and go "
+                "back to an earlier checkpoint, train for less long, or raise kl_coef"
+            )
+        return bool(names)
+
+    def _divergences(self, module: PolicyModule) -> Metrics:
+        suites = [suite for suite in self.suites if suite.domain != "shift"]
+        values = [self._divergence(module, self.prompts[suite.name]) for suite in suites]
+        return {"val/kl_to_base": sum(values) / len(values)} if values else {}
 
     def _divergence(self, module: PolicyModule, prompts: list[Prompt]) -> float:
         """KL(policy || start) of the sampled distribution, mean per token, along some images."""
@@ -230,32 +273,6 @@ def format_table(first: Metrics, last: Metrics) -> str:
     return "\n".join(lines)
 
 
-def _read_suite(suite: Suite) -> list[Prompt]:
-    prompts = [prompt for file in suite.files for prompt in read_prompts(file)]
-    for index, prompt in enumerate(prompts):
-        prompt.index, prompt.suite = index, suite.name
-    return prompts
-
-
-def _ready(reward: Reward, module: PolicyModule) -> Reward:
-    """The scorer with its weights, frozen, on the policy's device: Lightning moves it nowhere."""
-    freeze(reward.load()).to(module.device)
-    return reward
-
-
-def _scorer(module: PolicyModule, suite: Suite) -> Reward:
-    return scorer_of(module, suite.reward, f"suite {suite.name}")
-
-
-def _draw_and_score(
-    module: PolicyModule, reward: Reward, prompts: list[Prompt], copies: int
-) -> Scores:
-    tokens, _ = module.draw(prompts, copies, "evaluation")
-    images = module.policy.decode(tokens)
-    with torch.autocast(images.device.type, enabled=False):
-        return reward.score(images, [prompt for prompt in prompts for _ in range(copies)])
-
-
 def _sampled_distribution(
     module: PolicyModule, policy: Policy, prompts: Sequence[Prompt], tokens: Tensor
 ) -> Tensor:
@@ -267,26 +284,23 @@ def _sampled_distribution(
     return (logits.float() / module.temperature).log_softmax(-1)
 
 
-def _suite_metrics(suite: Suite, categories: list[str], sums: dict[str, Tensor]) -> Metrics:
-    """Names and means from sums and counts, [2, categories] for the total and each part."""
-    prefix = f"val/{suite.domain}/{suite.name}"
-    means = {name: (total / count).tolist() for name, (total, count) in sums.items()}
-    named = [category or UNNAMED for category in categories]
-    metrics = {f"{prefix}/{name}": mean for name, mean in zip(named, means["total"], strict=True)}
-    metrics[f"{prefix}/mean"] = sum(means["total"]) / len(categories)
-    if len(means) > 2:  # a single scorer's only part is its total
-        for name, values in means.items():
-            if name != "total":
-                metrics[f"{prefix}/parts/{name}"] = sum(values) / len(categories)
-    return metrics
+def _check_watched(watched: Mapping[str, Reward]) -> None:
+    unusable = [name for name in watched if not name or "/" in name]
+    if unusable:
+        raise ValueError(
+            f"expected names of watched rewards without '/', which parts the names of metrics, got "
+            f"{unusable}; rename them"
+        )
 
 
-def _domain_means(metrics: Metrics, suites: Sequence[Suite]) -> Metrics:
-    means: Metrics = {}
-    for domain in ("id", "ood"):
-        values = [metrics[f"val/{domain}/{s.name}/mean"] for s in suites if s.domain == domain]
-        if values:
-            means[f"val/{domain}/mean"] = sum(values) / len(values)
-    if len(means) == 2:
-        means["val/gap"] = means["val/id/mean"] - means["val/ood/mean"]
-    return means
+def _check_shares(suite: Suite, num_prompts: int, num_processes: int) -> None:
+    if num_prompts < num_processes:
+        raise ValueError(
+            f"suite {suite.name}: expected a prompt or more for each of {num_processes} processes, "
+            f"got {num_prompts}; add prompts, or train on fewer devices"
+        )
+
+
+def _validates(module: PolicyModule) -> bool:
+    """Whether a checkpoint is scored, which has no course to watch."""
+    return module.trainer.state.fn == "validate"

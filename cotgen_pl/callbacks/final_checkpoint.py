@@ -1,13 +1,29 @@
-"""The end of training in every kind of checkpoint."""
+"""The start of training in the last checkpoint, and its end in every kind of checkpoint."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cotgen_pl.callbacks.base import training_ends
+from cotgen_pl.callbacks.base import save_last, training_ends
+from cotgen_pl.modules.base import PolicyModule
+
+
+class StartCheckpoint(Callback):
+    """Writes `last.ckpt` at the start of training, where a `ModelCheckpoint` keeps one.
+
+    By itself, Lightning's first one comes after `every_n_train_steps`: a run that is killed before
+    could not be gone on with. Name it before all callbacks that work at the start.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the start of a run, or of one that goes on in another folder."""
+        assert isinstance(pl_module, PolicyModule)
+        if pl_module.rollouts == 0 or not _holds_last(trainer):
+            save_last(trainer)
 
 
 class FinalCheckpoint(Callback):
@@ -32,6 +48,13 @@ class FinalCheckpoint(Callback):
             for callback in trainer.checkpoint_callbacks:
                 if isinstance(callback, ModelCheckpoint):
                     _save_now(callback, trainer)
+
+
+def _holds_last(trainer: Trainer) -> bool:
+    """Whether there is a last checkpoint already, as the first process sees it."""
+    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    found = any((Path(folder) / "last.ckpt").exists() for folder in folders if folder)
+    return bool(trainer.strategy.broadcast(found))
 
 
 def _save_now(checkpoint: ModelCheckpoint, trainer: Trainer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from cotgen_pl.files import write_whole
+from cotgen_pl.files import append_whole, write_whole
 
 COLUMNS = ("run", "step", "metric", "value")
 
@@ -60,23 +61,28 @@ class MetricsFile(Logger):
             raise ValueError(f"metrics {sorted(metrics)} have no step; log them with one")
         if self._present is None:
             self._present = self._open(step)
-        with self._path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            for metric, value in metrics.items():
-                if metric not in ("epoch", "step") and (step, metric) not in self._present:
-                    writer.writerow([self.name, step, metric, repr(float(value))])
+        rows = [
+            [self.name, str(step), metric, repr(float(value))]
+            for metric, value in metrics.items()
+            if metric not in ("epoch", "step") and (step, metric) not in self._present
+        ]
+        append_whole(self._path, _as_text(rows))
 
     def _open(self, last_step: int) -> set[tuple[int, str]]:
         """Keep the rows up to a step; returns step and metric of those of the step itself."""
         rows = []
         if self._path.exists():
             with self._path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(COLUMNS)][1:]
+                # What a kill broke off has no end of line: 12.5 may have become 1.
+                whole = [line for line in file if line.endswith("\n")]
+            rows = list(csv.reader(whole))[1:]
         kept = [row for row in rows if int(row[1]) <= last_step]
-        write_whole(self._path, lambda part: _write_rows(part, kept))
+        text = _as_text([list(COLUMNS), *kept])
+        write_whole(self._path, lambda part: part.write_bytes(text.encode()))
         return {(last_step, metric) for _, step, metric, _ in kept if int(step) == last_step}
 
 
-def _write_rows(path: Path, rows: list[list[str]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+def _as_text(rows: list[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()

@@ -14,11 +14,21 @@ from tqdm.auto import tqdm
 import cotgen_pl
 from cotgen_pl.checkpoints import hash_weights
 from cotgen_pl.data.prompts import PromptFile
-from cotgen_pl.interfaces import Prompt, Reward, check_choice, check_positive, check_scores
+from cotgen_pl.interfaces import (
+    Prompt,
+    Reward,
+    check_choice,
+    check_positive,
+    check_scores,
+    check_share,
+)
 from cotgen_pl.modules.offline import OfflineModule
 from cotgen_pl.pair_sets import Drawn, PairSet, PairSetWriter
 from cotgen_pl.sampling import noise_seed
+from cotgen_pl.scoring import ask
 from cotgen_pl.selection import PairRule, select_pairs
+
+RESIDENCE = ("batch_size", "device", "offload")  # where a reward scores, not what
 
 
 @dataclass
@@ -29,6 +39,8 @@ class PairSettings:
     """See `cotgen_pl.selection.select_pairs`."""
     margin: float = 0.0
     """Least difference of the two scores."""
+    most_missing: float = 0.5
+    """Largest share of a batch's images that may lack a verdict; above it, the run stops."""
     prompts_per_shard: int = 64
     """What an interruption discards at most, on each process."""
     images_per_batch: int = 256
@@ -38,6 +50,7 @@ class PairSettings:
         check_choice("rule", self.rule, PairRule)
         if not self.margin >= 0:
             raise ValueError(f"expected margin of 0 or more, got {self.margin}; 0 takes all pairs")
+        check_share(most_missing=self.most_missing)
         check_positive(
             prompts_per_shard=self.prompts_per_shard, images_per_batch=self.images_per_batch
         )
@@ -110,9 +123,16 @@ def _origin(
 
 def describe(reward: Reward | None) -> dict[str, Any]:
     """A reward's class, and the arguments of its constructor that it keeps, as JSON values."""
-    names = inspect.signature(type(reward)).parameters
+    names = _constructor_arguments(type(reward))
     kept = {name: _as_json(getattr(reward, name)) for name in names if hasattr(reward, name)}
     return {"class_path": f"{type(reward).__module__}.{type(reward).__qualname__}", **kept}
+
+
+def _constructor_arguments(kind: type) -> list[str]:
+    """Names of a class's own arguments and of those it hands on to its bases."""
+    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    names = [name for make in constructors for name in inspect.signature(make).parameters]
+    return [name for name in dict.fromkeys(names) if name not in RESIDENCE]
 
 
 def _as_json(value: Any) -> Any:
@@ -148,8 +168,8 @@ def _draw(
         part = list(prompts[start : start + size])
         tokens, _ = module.draw(part, copies, stream)
         images = module.policy.decode(tokens)
-        scores = module.score(module.reward, images, [p for p in part for _ in range(copies)])
-        check_scores(scores, len(tokens), type(module.reward).__name__)
+        scores = ask(module.reward, images, [p for p in part for _ in range(copies)])
+        check_scores(scores, len(tokens), module.reward.name, most_missing=settings.most_missing)
         parts.append((tokens.cpu(), images.cpu(), scores.total.cpu()))
         if counted:
             module.count_drawn(len(tokens))

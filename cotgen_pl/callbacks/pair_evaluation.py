@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from cotgen_pl.callbacks.base import Observer
 from cotgen_pl.callbacks.pair_building import PairSettings, build_pairs
@@ -35,7 +36,7 @@ class PairEvaluation(Observer):
         every_n_updates: Updates between two evaluations.
         pairs_per_batch: Pairs read at a time.
         folder: Where the pairs lie, in the run folder.
-        settings: Which pairs are taken, and how they are written.
+        pairs: Which pairs are taken, and how they are written.
     """
 
     def __init__(
@@ -45,17 +46,19 @@ class PairEvaluation(Observer):
         every_n_updates: int = 10,
         pairs_per_batch: int = 64,
         folder: str = "held_out_pairs",
-        settings: PairSettings = PairSettings(),  # noqa: B008  # never changed
+        pairs: PairSettings = PairSettings(),  # noqa: B008  # never changed
     ) -> None:
         super().__init__(every_n_updates)
         check_positive(num_prompts=num_prompts, pairs_per_batch=pairs_per_batch)
         self.files, self.pairs_per_batch, self.folder = files, pairs_per_batch, folder
-        self.settings = settings
+        self.pairs = pairs
         prompts = [prompt for file in files for prompt in read_prompts(file)]
         prompts = [replace(prompt, index=index) for index, prompt in enumerate(prompts)]
         number = min(num_prompts, len(prompts))
         self.prompts = [prompts[len(prompts) * k // number] for k in range(number)]
-        self.pairs: PairSet | None = None
+        self.pair_set: PairSet | None = None
+        """The pairs, once they are drawn."""
+        self._read: tuple[int, Tensor] | None = None  # `refreshes` and what the reference said
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before weights load, another module, and prompts that cannot be judged."""
@@ -73,32 +76,40 @@ class PairEvaluation(Observer):
         """Build the pairs, with the start policy even in a resumed run, and observe."""
         assert isinstance(pl_module, OfflineModule)
         with pl_module.start_weights():
-            self.pairs = build_pairs(
+            self.pair_set = build_pairs(
                 pl_module,
                 self.prompts,
                 Path(trainer.default_root_dir) / self.folder,
-                self.settings,
+                self.pairs,
                 files=self.files,
                 stream="held-out pairs",
                 counted=False,
             )
+        self._read = None
         super().on_train_start(trainer, pl_module)
 
     @torch.no_grad()
     def observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
         """Log accuracy, margin and loss on all pairs."""
-        assert isinstance(module, DPOModule) and self.pairs is not None
-        reference = module.reference_sums(self.pairs, self.pairs_per_batch)
+        assert isinstance(module, DPOModule) and self.pair_set is not None
+        reference = self._reference_sums(module, self.pair_set)
         metrics: dict[str, Any] = {}
-        for rows in torch.arange(len(self.pairs)).split(self.pairs_per_batch):
+        for rows in torch.arange(len(self.pair_set)).split(self.pairs_per_batch):
             pairs: PreferencePair = module.transfer_batch_to_device(
-                self.pairs.batch(rows.tolist()), module.device, 0
+                self.pair_set.batch(rows.tolist()), module.device, 0
             )
             with module.precision():
                 _, part = module.loss(pairs, reference[rows])
-            merge_metrics(metrics, part, len(rows) / len(self.pairs))
+            merge_metrics(metrics, part, len(rows) / len(self.pair_set))
         named = {
             f"val/pairs/{name.removeprefix('rewards/')}": metrics[name].item() for name in LOGGED
         }
         for logger in trainer.loggers:
             logger.log_metrics(named, module.rollouts)
+
+    def _reference_sums(self, module: DPOModule, pair_set: PairSet) -> Tensor:
+        """Log-probs of all pairs by the reference, [N, 2], read once for each reference."""
+        if self._read is None or self._read[0] != module.refreshes:
+            sums = module.reference_sums(pair_set, self.pairs_per_batch)
+            self._read = (module.refreshes, sums)
+        return self._read[1]

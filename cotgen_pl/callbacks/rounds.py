@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
+from cotgen_pl.callbacks.base import save_last
 from cotgen_pl.callbacks.evaluation import SuiteEvaluation
 from cotgen_pl.callbacks.pair_building import PairSettings, build_pairs
 from cotgen_pl.checkpoints import hash_weights
@@ -39,8 +39,7 @@ class IterativeRounds(Callback):
     DPO and SFT on pairs: a round draws a pair set with the policy of its start, then passes over it
     `PairData.epochs` times. One round is plain offline training, and draws nothing where `PairData`
     names finished pairs. GRPO: a round is a share of the rollouts. `rounds.jsonl` in the run folder
-    gets a line for each finished round. Name it first: what callbacks before it do at the start of
-    training happens before there is a checkpoint to resume from.
+    gets a line for each finished round.
 
     Args:
         rounds: How many.
@@ -98,9 +97,8 @@ class IterativeRounds(Callback):
             if (data.path or data.source) and self.rounds == 1:
                 return  # the pairs are there
             self._check_offline(pl_module, data)
-            data.rounds = lambda: self.pair_sets(trainer, pl_module)
-            data.num_rounds = self.rounds
-            data.most_pairs = self._most_pairs(pl_module)
+            most_pairs = self._most_pairs(pl_module)
+            data.take_rounds(lambda: self.pair_sets(trainer, pl_module), self.rounds, most_pairs)
         else:
             raise ValueError(
                 "expected IterativeRounds beside GRPOModule with PromptData, or DPOModule or "
@@ -208,14 +206,13 @@ class IterativeRounds(Callback):
     # GRPO ---------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the start of the first round, and save it: a kill from here on can be resumed."""
+        """Note the start of the first round."""
         assert isinstance(pl_module, PolicyModule)
         data: Any = getattr(trainer, "datamodule", None)
         if isinstance(data, PairData) and data.pairs is not None:  # the finished ones
             self._made = _describe(data.pairs, trainer)
         if not self._policy:
             self._policy = hash_weights(pl_module.policy)
-            save_last(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -278,15 +275,6 @@ class IterativeRounds(Callback):
         """Go on from there."""
         self.round, self.records = state_dict["round"], state_dict["records"]
         self._policy, self._made = state_dict["policy"], state_dict["made"]
-
-
-def save_last(trainer: Trainer) -> None:
-    """Write the checkpoint that `--ckpt_path last` reads, where one is kept."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
-            path = str(Path(callback.dirpath) / "last.ckpt")
-            callback.last_model_path = path  # a part of what is saved: it is written again
-            trainer.save_checkpoint(path)
 
 
 def _open_past(folder: Path) -> PairSet:

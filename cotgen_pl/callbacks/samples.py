@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cotgen_pl.callbacks.base import Observer
 from cotgen_pl.data.prompts import PromptFile, check_scorable, read_prompts
-from cotgen_pl.interfaces import Prompt, Reward, Scores, check_positive, freeze
+from cotgen_pl.interfaces import Prompt, Reward, Scores, check_positive
 from cotgen_pl.modules.base import PolicyModule, scorer_of
+from cotgen_pl.scoring import ask
 
 SMALLEST_SIDE = (
     144  # pixels of a drawn picture's side; smaller pictures are enlarged without smoothing
@@ -86,9 +87,7 @@ class SampleGrid(Observer):
 
     def _score(self, module: PolicyModule, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         reward = scorer_of(module, self.reward, type(self).__name__)
-        freeze(reward.load()).to(module.device)
-        with torch.autocast(images.device.type, enabled=False):
-            return reward.score(images, prompts)
+        return ask(reward, images, prompts)
 
 
 def draw_grid(

@@ -137,11 +137,21 @@ class PairData(LightningDataModule):
         self.pairs_per_update, self.epochs, self.seed = pairs_per_update, epochs, seed
         self.pairs: PairSet | None = None
         """The finished set, once it is open."""
-        self.rounds: Callable[[], Iterator[PairSet]] | None = None
-        """Gives each round's set; `IterativeRounds` sets it, and the next two."""
-        self.num_rounds = 1
-        self.most_pairs = 0
-        """That a round can give."""
+        self._rounds: Callable[[], Iterator[PairSet]] | None = None
+        self._num_rounds = 1
+        self._most_pairs = 0
+
+    def take_rounds(
+        self, sets: Callable[[], Iterator[PairSet]], number: int, most_pairs: int
+    ) -> None:
+        """Serve the pair set of each round, where there is no finished one.
+
+        Args:
+            sets: Gives them one after another; the next one is asked for when it is needed.
+            number: How many rounds there are.
+            most_pairs: That a round can give.
+        """
+        self._rounds, self._num_rounds, self._most_pairs = sets, number, most_pairs
 
     def setup(self, stage: str) -> None:
         """Refuse, before weights load, a run that the pairs do not fit."""
@@ -173,7 +183,7 @@ class PairData(LightningDataModule):
             raise ValueError(
                 "trainer.accumulate_grad_batches: expected 1, because each batch of pairs is an "
                 f"update, got {trainer.accumulate_grad_batches}; set it to 1, and the pairs of an "
-                "update by pairs_per_update"
+                "update by pairs_per_update; with little memory, set micro_batch_size on DPOModule"
             )
         if self.path is not None:
             self.pairs = PairSet(self.path)
@@ -183,7 +193,7 @@ class PairData(LightningDataModule):
 
     def check_ready(self) -> None:
         """Refuse a run without pairs, once callbacks have had their say: the module asks then."""
-        if self.path is None and self.source is None and self.rounds is None:
+        if self.path is None and self.source is None and self._rounds is None:
             raise ValueError(
                 "expected pairs to train on, got none; name a finished set by path, preference "
                 "data by source, or add IterativeRounds to trainer.callbacks, which builds sets"
@@ -211,13 +221,13 @@ class PairData(LightningDataModule):
             folder = self.source.encode(policy) if trainer.is_global_zero else None
             self.pairs = PairSet(trainer.strategy.broadcast(folder))
             self._check(self.pairs)
-        most = self.most_pairs if self.pairs is None else len(self.pairs)
+        most = self._most_pairs if self.pairs is None else len(self.pairs)
         stream = PairStream(
             self._sets,
             prepare=self._prepare,
             end=self._end,
-            num_sets=self.num_rounds,
-            longest=self.num_rounds * self.epochs * max(1, most // self.pairs_per_update),
+            num_sets=self._num_rounds,
+            longest=self._num_rounds * self.epochs * max(1, most // self.pairs_per_update),
             pairs_per_batch=self.pairs_per_update,
             epochs=self.epochs,
             start=trainer.fit_loop.epoch_loop.batch_progress.total.processed,
@@ -230,8 +240,8 @@ class PairData(LightningDataModule):
     def _sets(self) -> Iterator[PairSet]:
         if self.pairs is not None:
             return iter([self.pairs])
-        assert self.rounds is not None
-        return self._checked(self.rounds())
+        assert self._rounds is not None
+        return self._checked(self._rounds())
 
     def _checked(self, sets: Iterator[PairSet]) -> Iterator[PairSet]:
         for pairs in sets:

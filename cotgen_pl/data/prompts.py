@@ -52,17 +52,11 @@ def check_facts(prompts: Sequence[Prompt], required_facts: Sequence[str], reward
 
 
 def check_scorable(prompts: Sequence[Prompt], reward: Reward) -> None:
-    """Raise a ValueError naming file and line unless a reward can judge by all prompts' facts.
-
-    A reward that reads into its facts may have `check_facts(facts)`, which raises a ValueError.
-    """
+    """Raise a ValueError naming file and line unless a reward can judge by all prompts' facts."""
     check_facts(prompts, reward.required_facts, type(reward).__name__)
-    check_inside = getattr(reward, "check_facts", None)
-    if check_inside is None:
-        return
     for number, prompt in enumerate(prompts):
         try:
-            check_inside(prompt.facts)
+            reward.check_prompt(prompt)
         except ValueError as error:
             raise ValueError(f"{_place(prompt, number)}: {error}") from error
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from cotgen_pl.adapters import lend_weights
 from cotgen_pl.files import write_whole
-from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores
+from cotgen_pl.interfaces import Policy, Prompt, Reward
 from cotgen_pl.metrics import MAXIMA, MINIMA
 from cotgen_pl.sampling import check_guidance, noise_seed, sample_tokens
 
@@ -219,13 +219,6 @@ class PolicyModule(LightningModule):
     def precision(self) -> AbstractContextManager[Any]:
         """The trainer's precision, for work outside of its own steps."""
         return self.trainer.precision_plugin.forward_context() if self._trainer else nullcontext()
-
-    @torch.no_grad()
-    def score(self, reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """A reward's verdict on pictures [B, 3, H, W], in the reward's own precision."""
-        with torch.autocast(images.device.type, enabled=False):
-            scores: Scores = reward.score(images, prompts)
-        return scores
 
     # Images drawn for training --------------------------------------------------------------------
 

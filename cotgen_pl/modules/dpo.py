@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cotgen_pl.checkpoints import hash_weights
-from cotgen_pl.interfaces import Policy, PreferencePair, Reward, check_choice
+from cotgen_pl.interfaces import (
+    Policy,
+    PreferencePair,
+    Reward,
+    check_choice,
+    check_positive,
+)
 from cotgen_pl.losses import (
     PreferenceVariant,
     dpo_loss,
@@ -17,6 +27,7 @@ from cotgen_pl.losses import (
     token_logprobs,
     token_statistics,
 )
+from cotgen_pl.metrics import merge_metrics
 from cotgen_pl.modules.offline import OfflineModule
 from cotgen_pl.pair_sets import PairSet, load_reference, save_reference, tokens_hash
 from cotgen_pl.sampling import LogprobMode, forced_logits
@@ -49,6 +60,9 @@ class DPOModule(OfflineModule):
             `cotgen_pl.sampling.forced_logits`.
         reference_logps: Read the reference once and keep what it says beside the pairs, or keep a
             frozen copy of it and read that in every step.
+        micro_batch_size: Pairs of an update whose activations are kept at a time, on each process;
+            absent keeps all. Same gradient and less memory, for one more forward pass of all pairs
+            but the last micro-batch's.
     """
 
     def __init__(
@@ -68,6 +82,7 @@ class DPOModule(OfflineModule):
         likelihood_coef: float = 0.0,
         logprobs: LogprobMode = "guided",
         reference_logps: ReferenceLogps = "stored",
+        micro_batch_size: int | None = None,
     ) -> None:
         super().__init__(
             policy,
@@ -82,7 +97,9 @@ class DPOModule(OfflineModule):
         )
         check_choice("logprobs", logprobs, LogprobMode)
         check_choice("reference_logps", reference_logps, ReferenceLogps)
+        check_positive(micro_batch_size=micro_batch_size)
         self.logprobs, self.reference_logps = logprobs, reference_logps
+        self.micro_batch_size = micro_batch_size
         self.loss_settings: dict[str, Any] = {
             "beta": beta,
             "variant": variant,
@@ -92,6 +109,8 @@ class DPOModule(OfflineModule):
         one = torch.zeros(1, 1)
         dpo_loss(one, one, one[0], one[0], **self.loss_settings)  # refuses before weights load
         self._stored: Tensor | None = None  # the reference's sums for the set in use, [N, 2]
+        self.refreshes = 0
+        """Of the reference: while this stays, so does all that was read from it."""
 
     @property
     def needs_reference(self) -> bool:
@@ -109,10 +128,34 @@ class DPOModule(OfflineModule):
         """The loss of a batch of pairs."""
         with self.phase("reference"):
             reference = self._reference_of(pairs)
-        loss, metrics = self.loss(pairs, reference)
+        loss, metrics = self._loss_in_parts(pairs, reference)
         self.check_finite(loss, "loss")
         self.log_update(metrics)
         return loss
+
+    def _loss_in_parts(
+        self, pairs: PreferencePair, reference: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`loss` in micro-batches, each of which the backward pass computes again.
+
+        The last one's activations stay: it is where the backward pass begins.
+        """
+        parts = list(self._parts(pairs))
+        again = partial(checkpoint, self.loss, use_reentrant=False)
+        ways: list[Callable[..., Any]] = [again] * (len(parts) - 1) + [self.loss]
+        total, metrics = torch.zeros((), device=self.device), dict[str, Tensor]()
+        for compute, part, sums in zip(ways, parts, reference.split(len(parts[0])), strict=True):
+            loss, terms = compute(part, sums)
+            share = len(part) / len(pairs)
+            total = total + share * loss
+            merge_metrics(metrics, terms, share)
+        return total, metrics
+
+    def _parts(self, pairs: PreferencePair) -> Iterator[PreferencePair]:
+        size = self.micro_batch_size or len(pairs)
+        for start in range(0, len(pairs), size):
+            part = slice(start, start + size)
+            yield PreferencePair(*(getattr(pairs, entry.name)[part] for entry in fields(pairs)))
 
     def loss(self, pairs: PreferencePair, reference: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of B pairs, given the reference's sums [B, 2]."""
@@ -131,11 +174,16 @@ class DPOModule(OfflineModule):
 
     # The reference ------------------------------------------------------------------------------
 
+    def refresh_reference(self) -> None:
+        """From now on, the reference has the weights of now."""
+        super().refresh_reference()
+        self.refreshes += 1
+
     def _reference_of(self, pairs: PreferencePair) -> Tensor:
         if self._stored is not None:
             return self._stored.to(self.device)[pairs.rows]
         assert self.reference is not None
-        return self._sums(self.reference, pairs)
+        return torch.cat([self._sums(self.reference, part) for part in self._parts(pairs)])
 
     @torch.no_grad()
     def _sums(self, policy: Policy, pairs: PreferencePair) -> Tensor:
@@ -165,7 +213,8 @@ class DPOModule(OfflineModule):
             key = self._reference_key(pair_set)
             self._stored = load_reference(pair_set.folder, key)
             if self._stored is None:
-                self._stored = self.reference_sums(pair_set, batch_size).float()  # as read back
+                size = self.micro_batch_size or batch_size
+                self._stored = self.reference_sums(pair_set, size).float()  # as read back
                 if self.trainer.is_global_zero:
                     save_reference(pair_set.folder, self._stored.cpu(), key)
 

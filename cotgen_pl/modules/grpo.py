@@ -19,6 +19,7 @@ from cotgen_pl.interfaces import (
     check_choice,
     check_positive,
     check_scores,
+    check_share,
     freeze,
 )
 from cotgen_pl.losses import (
@@ -37,6 +38,7 @@ from cotgen_pl.losses import (
 from cotgen_pl.metrics import merge_metrics, parity_metrics, peak_memory_gb, reward_metrics
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.sampling import LogprobMode, forced_logits
+from cotgen_pl.scoring import ask
 
 DeadGroups = Literal["keep", "mask", "resample"]
 MAX_REDRAWS = 4  # of a group without signal under `resample`; DAPO's own bound is a setting
@@ -85,6 +87,8 @@ class GRPOModule(PolicyModule):
         dead_groups: What to do with groups whose images all score the same: `keep` them (only the
             KL term and the entropy bonus act), `mask` them (nothing acts), or `resample` them up to
             4 times; redrawn images count as sampled.
+        most_missing: Largest share of a rollout's images that may lack a verdict; above it, the run
+            stops.
         entropy_coef: Weight of an entropy bonus.
         gradient_clip: Largest gradient norm; absent means no clipping. T2I-R1: 1.
     """
@@ -115,6 +119,7 @@ class GRPOModule(PolicyModule):
         advantage_scale: AdvantageScale = "group",
         combine_rewards: RewardCombination = "sum_then_normalise",
         dead_groups: DeadGroups = "keep",
+        most_missing: float = 0.5,
         entropy_coef: float = 0.0,
         gradient_clip: float | None = 1.0,
     ) -> None:
@@ -126,6 +131,7 @@ class GRPOModule(PolicyModule):
         check_choice("dead_groups", dead_groups, DeadGroups)
         check_choice("logprobs", logprobs, LogprobMode)
         _check_weights(kl_penalty, gradient_clip)
+        check_share(most_missing=most_missing)
         self.reward = reward
         self.images_budget, self.images_per_update = images_budget, images_per_update
         self.group_size, self.micro_batch_size = group_size, micro_batch_size
@@ -133,7 +139,7 @@ class GRPOModule(PolicyModule):
         self.kl_coef, self.kl_penalty = kl_coef, kl_penalty
         self.entropy_coef, self.gradient_clip = entropy_coef, gradient_clip
         self.advantage_scale, self.combine_rewards = advantage_scale, combine_rewards
-        self.dead_groups = dead_groups
+        self.dead_groups, self.most_missing = dead_groups, most_missing
         self.loss_settings: dict[str, Any] = {
             "clip_low": clip_low,
             "clip_high": clip_high,
@@ -236,9 +242,7 @@ class GRPOModule(PolicyModule):
             again = self._draw_and_score([prompts[group] for group in dead], attempt * size)
             rows = torch.tensor([group * size + copy for group in dead for copy in range(size)])
             tokens[rows], logprobs[rows] = again[0], again[1]
-            scores.total[rows] = again[2].total
-            for name, values in again[2].parts.items():
-                scores.parts[name][rows] = values
+            scores.replace(rows, again[2])
         return tokens, logprobs, scores
 
     def _draw_and_score(
@@ -249,8 +253,11 @@ class GRPOModule(PolicyModule):
             images = self.policy.decode(tokens)
         with self.phase("reward"):
             repeated = [prompt for prompt in prompts for _ in range(self.group_size)]
-            scores = self.score(self.reward, images, repeated)
-        check_scores(scores, len(tokens), type(self.reward).__name__, verdict_needed=not first_copy)
+            scores = ask(self.reward, images, repeated)
+        most_missing = None if first_copy else self.most_missing  # groups drawn again may be few
+        check_scores(scores, len(tokens), self.reward.name, most_missing=most_missing)
+        for name, seconds in scores.seconds.items():
+            self.seconds[f"reward/{name}"] += seconds
         self._images_drawn += len(tokens)
         self.count_drawn(len(tokens))
         return tokens, logprobs, scores

@@ -7,12 +7,13 @@ default here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
 from cotgen_pl.interfaces import Prompt, Reward, Scores, check_scores
+from cotgen_pl.scoring import ask
 
 
 def standardise_scores(values: Tensor) -> Tensor:
@@ -40,6 +41,8 @@ class Ensemble(Reward):
     verdict on any part with a weight has no verdict.
     """
 
+    name = "ensemble"
+
     def __init__(
         self,
         rewards: dict[str, Reward],
@@ -66,12 +69,10 @@ class Ensemble(Reward):
         facts = [fact for reward in rewards.values() for fact in reward.required_facts]
         self.required_facts = tuple(dict.fromkeys(facts))
 
-    def check_facts(self, facts: dict[str, Any]) -> None:
-        """Raise a ValueError for facts that one of the rewards cannot judge by."""
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Raise a ValueError for a prompt that one of the rewards cannot judge by."""
         for reward in self.rewards.values():
-            check = getattr(reward, "check_facts", None)
-            if check is not None:
-                check(facts)
+            reward.check_prompt(prompt)
 
     def load(self) -> Ensemble:
         """Read the weights of every reward; a second call does nothing."""
@@ -81,19 +82,42 @@ class Ensemble(Reward):
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score pictures [B, 3, H, W] in [0, 1]; results lie on the device of `images`."""
-        verdicts = {name: reward.score(images, prompts) for name, reward in self.rewards.items()}
+        verdicts = self._ask_all(images, prompts)
         total = torch.zeros(len(images), dtype=torch.float32, device=images.device)
         parts: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         for name, verdict in verdicts.items():
-            _check_verdict(name, verdict, len(images))
+            check_scores(verdict, len(images), name, most_missing=None)
             inner = verdict.parts if len(verdict.parts) > 1 else {}
             shown = {name: verdict.total, **{f"{name}/{part}": inner[part] for part in inner}}
             parts |= {part: values.float().to(images.device) for part, values in shown.items()}
             weights |= dict.fromkeys(shown, 0.0) | {name: self.weights[name]}
             if self.weights[name] != 0:  # 0 * NaN would be NaN
                 total = total + self.weights[name] * self._term(parts[name])
-        return Scores(total, parts, weights, _join_details(verdicts, len(images)))
+        seconds = {name: sum(verdicts[name].seconds.values()) for name in verdicts}
+        return Scores(total, parts, weights, _join_details(verdicts, len(images)), seconds)
+
+    def _ask_all(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Scores]:
+        """Every member's verdict: one after another on one device, several devices at a time.
+
+        Each remote one is a place of its own.
+        """
+        places: dict[str, list[str]] = {}
+        for name, reward in self.rewards.items():
+            place = reward.device or str(images.device)
+            places.setdefault(f"{place} {name}" if place == "remote" else place, []).append(name)
+
+        def ask_some(names: list[str]) -> dict[str, Scores]:
+            return {name: ask(self.rewards[name], images, prompts) for name in names}
+
+        if len(places) == 1:
+            verdicts = ask_some(list(self.rewards))
+        else:
+            self.load()  # one after another: reading sets the whole process's default dtype
+            with ThreadPoolExecutor(len(places)) as pool:
+                groups = list(pool.map(ask_some, places.values()))
+            verdicts = {name: verdict for group in groups for name, verdict in group.items()}
+        return {name: verdicts[name] for name in self.rewards}
 
     def _term(self, values: Tensor) -> Tensor:
         return standardise_scores(values) if self.standardise else values
@@ -120,15 +144,6 @@ def _check_names(rewards: dict[str, Reward], weights: dict[str, float]) -> None:
             f"ensemble: expected a weight other than 0, got {weights}; the total would be 0 for "
             "every image, so give the reward to train on a weight"
         )
-
-
-def _check_verdict(name: str, verdict: Scores, num_images: int) -> None:
-    if not isinstance(verdict, Scores):
-        raise ValueError(
-            f"ensemble: expected Scores from the reward {name}, got {type(verdict).__name__}; "
-            "return Scores.single(name, values) from its score()"
-        )
-    check_scores(verdict, num_images, name, verdict_needed=False)
 
 
 def _join_details(verdicts: dict[str, Scores], num_images: int) -> list[dict[str, object]] | None:

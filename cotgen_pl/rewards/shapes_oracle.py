@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class ShapesOracle(Reward):
     variance.
     """
 
+    name = "shapes"
+
     def __init__(self, rules: Literal["compbench", "geneval"] = "compbench") -> None:
         """Choose the rules.
 
@@ -45,9 +47,9 @@ class ShapesOracle(Reward):
         self._judge = judge_compbench if rules == "compbench" else judge_geneval
         self._check = check_compbench_facts if rules == "compbench" else check_geneval_facts
 
-    def check_facts(self, facts: dict[str, Any]) -> None:
+    def check_prompt(self, prompt: Prompt) -> None:
         """Raise a ValueError for facts that the rules cannot judge by, before weights load."""
-        self._check(facts)
+        self._check(prompt.facts)
 
     def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score pictures [B, 3, 32, 32] in [0, 1]; details: clauses that failed, objects read."""

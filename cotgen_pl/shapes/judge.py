@@ -9,22 +9,19 @@ which share most of their words).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import groupby, permutations, product
 from typing import Any
 
+from cotgen_pl.rules.geneval import relative_positions
 from cotgen_pl.shapes.recognise import Recognition
 from cotgen_pl.shapes.render import CELL, GRID, Placed
 
 NEAR = 150 / 479 * GRID * CELL  # T2I-CompBench's 150 pixels, at this picture's size: 10 pixels
-POSITION_MARGIN = 0.1  # of both objects' sizes; GenEval
-POSITION_SHARE = 0.5  # of the distance that must lie along the named direction; GenEval
 RELATIONS = ("left", "right", "above", "below", "next to")  # in domain
 POSITIONS = ("left of", "right of", "above", "below")  # out of domain
 
 Facts = dict[str, Any]
-Box = tuple[float, float, float, float]
 Clauses = dict[str, bool]
 
 
@@ -148,31 +145,6 @@ def judge_geneval(facts: Facts, recognition: Recognition) -> Clauses:
         number = sum(o.shape == item["class"] for o in recognition.objects)
         clauses[f"exclude: {item['count']} {item['class']}"] = 0 < number < item["count"]
     return clauses if recognition.is_picture else dict.fromkeys(clauses, False)
-
-
-def relative_positions(a: Box, b: Box) -> set[str]:
-    """GenEval's relations of box `a` to box `b`: left of, right of, above, below; two may hold.
-
-    Args:
-        a: Left, top, right, bottom.
-        b: Likewise.
-    """
-    offset = [(a[k] + a[k + 2] - b[k] - b[k + 2]) / 2 for k in (0, 1)]
-    sizes = [a[k + 2] - a[k] + b[k + 2] - b[k] for k in (0, 1)]
-    revised = [
-        math.copysign(max(abs(off) - POSITION_MARGIN * size, 0.0), off)
-        for off, size in zip(offset, sizes, strict=True)
-    ]
-    if max(map(abs, revised)) < 1e-3:
-        return set()
-    dx, dy = (value / math.hypot(*offset) for value in revised)
-    relations = {
-        "left of": dx < -POSITION_SHARE,
-        "right of": dx > POSITION_SHARE,
-        "above": dy < -POSITION_SHARE,
-        "below": dy > POSITION_SHARE,
-    }
-    return {name for name, holds in relations.items() if holds}
 
 
 def _check_items(name: str, items: Any, form: str, fits: Callable[[int, Any], bool]) -> None:

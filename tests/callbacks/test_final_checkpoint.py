@@ -1,13 +1,13 @@
-"""The end of training is in every checkpoint, whatever the interval."""
+"""The start of training is in the last checkpoint, its end in every one, whatever the interval."""
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation
-from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint
+from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint, StartCheckpoint
 from cotgen_pl.data.prompts import PromptData
-from tests.toys import Rising, fit, make_grpo, make_trainer, write_prompts
+from tests.toys import Rising, StopAt, fit, make_grpo, make_trainer, write_prompts
 
 
 def callbacks(folder, interval: int) -> list:
@@ -70,3 +70,63 @@ def test_a_run_with_a_later_end_goes_on_from_there(tiny_janus, tmp_path):
     data = PromptData([write_prompts(tmp_path)])
     trainer.fit(module, data, ckpt_path=str(tmp_path / "last.ckpt"))
     assert module.rollouts == 5
+
+
+# The start --------------------------------------------------------------------------------------
+
+
+def killed_at(tiny_janus, folder, rollout: int, *checkpoints, **arguments) -> None:
+    """A run of five rollouts, killed before one of them."""
+    module = make_grpo(tiny_janus, images_budget=40)
+    trainer = make_trainer(folder, *checkpoints, StartCheckpoint(), StopAt(rollout))
+    with pytest.raises(RuntimeError, match="the machine went down"):
+        trainer.fit(module, PromptData([write_prompts(folder)]), **arguments)
+
+
+def last(folder, interval: int = 100, **settings) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, save_last=True, every_n_train_steps=interval, **settings)
+
+
+def test_a_run_that_is_killed_early_goes_on_from_its_start(tiny_janus, tmp_path):
+    killed_at(tiny_janus, tmp_path, 3, last(tmp_path))
+    assert rollouts_in(tmp_path / "last.ckpt") == 0
+    ends = []
+    for checkpoint in (None, str(tmp_path / "last.ckpt")):
+        module = make_grpo(tiny_janus, images_budget=40)
+        trainer = make_trainer(tmp_path)
+        trainer.fit(module, PromptData([write_prompts(tmp_path)]), ckpt_path=checkpoint)
+        ends.append(module.state_dict())
+        assert module.rollouts == 5
+    assert all(torch.equal(values, ends[1][name]) for name, values in ends[0].items())
+
+
+def test_a_run_that_goes_on_keeps_its_last_checkpoint_or_begins_one_elsewhere(tiny_janus, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    killed_at(tiny_janus, tmp_path, 3, last(first, interval=2))
+    path = str(first / "last.ckpt")
+    assert rollouts_in(path) == 2
+    before = (first / "last.ckpt").read_bytes()
+    killed_at(tiny_janus, tmp_path, 4, last(first), ckpt_path=path)
+    assert (first / "last.ckpt").read_bytes() == before
+    killed_at(tiny_janus, tmp_path, 4, last(second), ckpt_path=path)
+    assert rollouts_in(second / "last.ckpt") == 2
+    ends = []
+    for checkpoint in (None, str(second / "last.ckpt")):
+        module = make_grpo(tiny_janus, images_budget=40)
+        trainer = make_trainer(tmp_path)
+        trainer.fit(module, PromptData([write_prompts(tmp_path)]), ckpt_path=checkpoint)
+        ends.append(module.state_dict())
+        assert module.rollouts == 5
+    assert all(torch.equal(values, ends[1][name]) for name, values in ends[0].items())
+
+
+def test_a_fresh_run_takes_the_place_of_a_last_checkpoint_that_was_left(tiny_janus, tmp_path):
+    killed_at(tiny_janus, tmp_path, 3, last(tmp_path, interval=2))
+    killed_at(tiny_janus, tmp_path, 1, last(tmp_path, interval=2))
+    assert [path.name for path in tmp_path.glob("last*")] == ["last.ckpt"]
+    assert rollouts_in(tmp_path / "last.ckpt") == 0
+
+
+def test_without_a_last_checkpoint_none_is_begun(tiny_janus, tmp_path):
+    killed_at(tiny_janus, tmp_path, 2, ModelCheckpoint(tmp_path, every_n_train_steps=100))
+    assert not list(tmp_path.glob("*.ckpt"))

@@ -237,6 +237,7 @@ def test_the_set_says_how_it_was_made(tiny_janus, tmp_path):
     assert made["selection"] == {
         "rule": "best_worst",
         "margin": 0.0,
+        "most_missing": 0.5,
         "prompts_per_shard": 2,
         "images_per_batch": GROUP,
     }

@@ -141,6 +141,47 @@ def test_a_resumed_run_builds_nothing_again(tiny_janus, tmp_path):
             assert rows[step][f"val/pairs/{name}"] == expected[step][f"val/pairs/{name}"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "refreshed"), [({}, 1), ({"reference": "keep"}, 0), ({"rounds": 1}, 0)]
+)
+def test_the_reference_is_read_once_and_again_when_it_is_another(
+    tiny_janus, tmp_path, monkeypatch, settings, refreshed
+):
+    """With numbers that are those of reading it at each observation, bit for bit."""
+    read, calls, rows = DPOModule.reference_sums, [], []
+
+    def note(self, pair_set, batch_size):
+        if pair_set.folder.name == "held_out_pairs":
+            calls.append(self.rollouts)
+        return read(self, pair_set, batch_size)
+
+    monkeypatch.setattr(DPOModule, "reference_sums", note)
+    for keeps in (True, False):
+        folder = tmp_path / str(keeps)
+        folder.mkdir()
+        evaluation = PairEvaluation(held_out(folder), every_n_updates=1, pairs_per_batch=2)
+        if not keeps:
+            forget = evaluation.observe
+
+            def observe(*arguments, evaluation=evaluation, forget=forget, **named):
+                evaluation._read = None
+                forget(*arguments, **named)
+
+            evaluation.observe = observe
+        rounds = IterativeRounds(**({"rounds": 2, "files": [write_prompts(folder)]} | settings))
+        trainer = make_trainer(folder, rounds, evaluation)
+        module = make_module(tiny_janus, images_budget=32)
+        trainer.fit(module, PairData(pairs_per_update=2))
+        rows.append(
+            {step: values["val/pairs/loss"] for step, values in trainer.logger.rows.items()}
+        )
+        if keeps:
+            assert len(calls) == 1 + refreshed
+            calls.clear()
+    assert len(calls) == len(rows[0]) == 5
+    assert rows[0] == rows[1]
+
+
 def test_prompts_are_spread_over_the_files(tmp_path):
     evaluation = PairEvaluation(held_out(tmp_path), num_prompts=2)
     assert [prompt.text for prompt in evaluation.prompts] == [HELD_OUT[0], HELD_OUT[2]]

@@ -70,8 +70,7 @@ class NewSets(Callback):
 
     def setup(self, trainer, pl_module, stage):
         data = trainer.datamodule
-        data.num_rounds, data.most_pairs = len(self.folders), 20
-        data.rounds = lambda: self._sets(pl_module)
+        data.take_rounds(lambda: self._sets(pl_module), len(self.folders), most_pairs=20)
 
     def _sets(self, module):
         for folder in self.folders:

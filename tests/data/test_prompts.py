@@ -56,13 +56,24 @@ def test_missing_fact_is_named_with_file_and_line(tmp_path):
         check_facts(prompts, ["nouns", "count"], "judge")
 
 
+class Needing(Reward):
+    """Needs the named facts and never scores."""
+
+    def __init__(self, *facts: str) -> None:
+        super().__init__()
+        self.required_facts = facts
+
+    def score(self, images, prompts):
+        raise AssertionError("nothing is scored here")
+
+
 class Reader(Reward):
     """Reads into the fact `objects`: each must have a shape."""
 
     required_facts = ("objects",)
 
-    def check_facts(self, facts):
-        if any("shape" not in item for item in facts["objects"]):
+    def check_prompt(self, prompt):
+        if any("shape" not in item for item in prompt.facts["objects"]):
             raise ValueError("expected a shape, got none")
 
     def score(self, images, prompts):
@@ -257,7 +268,7 @@ def test_loader_gives_the_share_of_its_process(tmp_path):
             lightning_module=SimpleNamespace(
                 prompts_per_batch=4,
                 num_rollouts=6,
-                reward=SimpleNamespace(required_facts=()),
+                reward=Needing(),
                 policy=SimpleNamespace(check_prompts=lambda prompts: None),
             ),
             fit_loop=Trainer(logger=False, enable_checkpointing=False).fit_loop,
@@ -308,7 +319,7 @@ class Recorder(LightningModule):
 
     def __init__(self, breaks_in: int | None = None, required_facts: tuple[str, ...] = ()) -> None:
         super().__init__()
-        self.reward = SimpleNamespace(required_facts=required_facts)
+        self.reward = Needing(*required_facts)
         self.policy = SimpleNamespace(check_prompts=lambda prompts: None)
         self.automatic_optimization = False
         self.weight = torch.nn.Parameter(torch.zeros(1))
@@ -409,7 +420,7 @@ def test_reward_that_needs_other_prompts_is_refused_before_weights_load(prompt_f
     monkeypatch.setattr(
         Recorder, "configure_model", lambda self: pytest.fail("weights were loaded")
     )
-    message = r"prompts.txt:1: expected the facts \['nouns'\] for reward SimpleNamespace, got \[\]"
+    message = r"prompts.txt:1: expected the facts \['nouns'\] for reward Needing, got \[\]"
     with pytest.raises(ValueError, match=message):
         fit(Recorder(required_facts=("nouns",)), prompt_file)
 

@@ -131,6 +131,57 @@ def test_a_refreshed_reference_is_the_policy_of_now(tiny_janus, policy, pairs):
     assert (module._sums(module.policy, batch) - now).abs().min() > 1e-3
 
 
+# Micro-batches ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_train_as_the_whole_batch_does(tiny_janus, policy, pairs, reference, size):
+    ends, rows = [], []
+    for micro_batch_size in (None, size):
+        torch.manual_seed(0)
+        twin = make_policy(tiny_janus, lora=policy.lora)
+        settings = {"reference_logps": reference, "likelihood_coef": 0.1}
+        module = make_dpo(tiny_janus, policy=twin, micro_batch_size=micro_batch_size, **settings)
+        logged = fit(module, pairs, gradient_clip_val=0.5)
+        rows.append(
+            {(s, n): v for s, r in logged.items() for n, v in r.items() if n.startswith("train/")}
+        )
+        ends.append(module.state_dict())
+        (pairs.folder / "reference.safetensors").unlink(missing_ok=True)
+    assert rows[1] == pytest.approx(rows[0], rel=1e-6, abs=1e-6)
+    for name, values in ends[0].items():
+        torch.testing.assert_close(ends[1][name], values, rtol=0, atol=1e-9)
+    start = make_policy(tiny_janus, lora=policy.lora).load()
+    moved = [(values - ends[0][f"policy.{n}"]).abs().max() for n, values in named(start).items()]
+    assert max(moved) > 1e-3
+
+
+def named(policy: JanusPolicy) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def test_micro_batches_keep_the_activations_of_one_of_them(tiny_janus, pairs):
+    """Numbers that wait for the backward pass, beside the weights themselves."""
+    waiting = {}
+    for size in (None, 1, 2):
+        module = make_dpo(tiny_janus, micro_batch_size=size)
+        module.configure_model()
+        weights = {p.data_ptr() for p in module.parameters()}
+        sizes: list[int] = []
+
+        def pack(tensor, sizes=sizes, weights=weights):
+            if tensor.untyped_storage().data_ptr() not in weights:
+                sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module._loss_in_parts(pairs.batch(range(NUM_PAIRS)), torch.zeros(NUM_PAIRS, 2))
+        waiting[size] = sum(sizes)
+    assert waiting[1] < 0.2 * waiting[None]  # an eighth, and what the parts were given
+    assert waiting[2] < 0.35 * waiting[None]
+
+
 # Stored log-probs -------------------------------------------------------------------------------
 
 
@@ -305,6 +356,7 @@ def test_a_non_finite_gradient_does_not_reach_the_weights(tiny_janus, pairs):
         ({"logprobs": "unguided"}, "expected logprobs to be one of"),
         ({"reference_logps": "none"}, "expected reference_logps to be one of"),
         ({"label_smoothing": 0.1}, "expected label_smoothing 0 for sigmoid"),
+        ({"micro_batch_size": 0}, "expected micro_batch_size of 1 or more, got 0"),
         ({"group_size": 1}, "expected group_size of 2 or more, got 1; a pair has two"),
         ({"images_budget": 3}, r"expected images_budget of at least group_size \(4\), got 3"),
         ({"guidance": 0.5}, "expected guidance of 1"),

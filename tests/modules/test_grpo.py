@@ -10,6 +10,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from cotgen_pl.interfaces import Reward, Rollout, Scores
 from cotgen_pl.losses import group_advantages, token_logprobs
 from cotgen_pl.policies.janus import JanusPolicy
+from cotgen_pl.rewards.ensemble import Ensemble
+from cotgen_pl.scoring import ask
 from tests.toys import (
     Brightness,
     Fixed,
@@ -396,7 +398,25 @@ def test_a_missing_verdict_is_left_out_and_counted(tiny_janus, tmp_path, monkeyp
     assert row["train/frac_no_verdict"] == 1 / 8
     assert row["train/reward"] == pytest.approx(25 / 7)
     assert row["train/rewards/fixed/mean"] == pytest.approx(25 / 7)
+    assert row["train/rewards/fixed/missing"] == 1 / 8
     assert math.isfinite(row["train/loss"]) and math.isfinite(row["train/reward_std"])
+
+
+def test_too_many_missing_verdicts_stop_the_run(tiny_janus, tmp_path):
+    scores = [math.nan, math.nan, math.nan, 0.0, 1.0, 2.0, 3.0, 4.0]
+    fit(make_grpo(tiny_janus, Fixed(scores), most_missing=3 / 8), tmp_path)
+    module = make_grpo(tiny_janus, Fixed(scores), most_missing=0.3)
+    with pytest.raises(ValueError, match=r"reward Fixed: expected a share.* 0.3 .* 3 of 8"):
+        fit(module, tmp_path)
+
+
+def test_each_rewards_time_is_logged(tiny_janus, tmp_path):
+    rewards = {"slow": Brightness(), "none": Fixed([0.0, 1.0])}
+    row = fit(make_grpo(tiny_janus, Ensemble(rewards)), tmp_path).logger.rows[1]
+    assert 0 < row["perf/reward/slow_s"] <= row["perf/reward_s"]
+    assert 0 < row["perf/reward/none_s"] <= row["perf/reward_s"]
+    row = fit(make_grpo(tiny_janus, Fixed([0.0, 1.0])), tmp_path).logger.rows[1]
+    assert 0 < row["perf/reward/Fixed_s"] <= row["perf/reward_s"]
 
 
 @pytest.mark.parametrize(
@@ -487,9 +507,9 @@ def test_rewards_score_in_their_own_precision(tiny_janus):
 
     module = make_grpo(tiny_janus, Linear())
     images, prompts = torch.rand(8, 3, 4, 4), numbered_prompts(2) * 4
-    plain = module.score(module.reward, images, prompts).total
+    plain = ask(module.reward, images, prompts).total
     with MixedPrecision("bf16-mixed", "cpu").forward_context():
-        mixed = module.score(module.reward, images, prompts).total
+        mixed = ask(module.reward, images, prompts).total
         spoilt = module.reward.score(images, prompts).total
     assert torch.equal(plain, mixed)
     assert not torch.equal(plain, spoilt)  # what autocast would have done

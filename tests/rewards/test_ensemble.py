@@ -1,6 +1,8 @@
 """Ensemble: weighted sums, missing verdicts, standardising, and what it refuses."""
 
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -201,7 +203,7 @@ def test_a_verdict_that_is_no_scores_names_its_reward():
         def score(self, images, prompts):
             return torch.zeros(4)
 
-    with pytest.raises(ValueError, match="expected Scores from the reward bare, got Tensor"):
+    with pytest.raises(ValueError, match="reward bare: expected Scores, got Tensor"):
         Ensemble({"bare": Bare()}).score(IMAGES, PROMPTS)
 
 
@@ -213,11 +215,98 @@ def test_an_infinite_score_names_its_reward():
 
 def test_facts_are_checked_by_every_reward_that_reads_into_them():
     class Reader(Fixed):
-        def check_facts(self, facts):
-            if "colour" not in facts["objects"]:
+        def check_prompt(self, prompt):
+            if "colour" not in prompt.facts["objects"]:
                 raise ValueError("expected a colour")
 
     ensemble = Ensemble({"blind": Fixed(*A), "inner": Ensemble({"reader": Reader(*A)})})
-    ensemble.check_facts({"objects": {"colour": "red"}})
+    ensemble.check_prompt(Prompt("p", facts={"objects": {"colour": "red"}}))
     with pytest.raises(ValueError, match="expected a colour"):
-        ensemble.check_facts({"objects": {}})
+        ensemble.check_prompt(Prompt("p", facts={"objects": {}}))
+
+
+# --- where members live, and how long they take
+
+
+class Placed(Brightness):
+    """A reward of a place, which notes when it scores and may wait for others to score as well."""
+
+    def __init__(self, device=None, pause=0.0, barrier=None, notes=None):
+        super().__init__()
+        self.device, self.pause, self.barrier = device, pause, barrier
+        self.notes = [] if notes is None else notes
+
+    def score(self, images, prompts):
+        self.notes.append(("starts", self.device))
+        if self.barrier:
+            self.barrier.wait(timeout=5)
+        time.sleep(self.pause)
+        self.grad, self.autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+        self.notes.append(("ends", self.device))
+        return super().score(images, prompts)
+
+
+@pytest.mark.parametrize(
+    "devices", [("cuda:0", "cuda:1"), (None, "cuda:0"), (None, "remote"), ("remote", "remote")]
+)
+def test_members_of_several_places_score_at_the_same_time(devices):
+    barrier = threading.Barrier(2)  # each waits until both score
+    members = {name: Placed(d, barrier=barrier) for name, d in zip("ab", devices, strict=True)}
+    scores = Ensemble(members).score(IMAGES, PROMPTS)
+    torch.testing.assert_close(scores.total, 2 * IMAGES.mean(dim=(1, 2, 3)))
+    assert list(scores.parts) == ["a", "b"]
+
+
+@pytest.mark.parametrize("devices", [("cuda:1", "cuda:1"), (None, None), (None, "cpu")])
+def test_members_of_one_place_score_one_after_another(devices):
+    notes = []
+    elsewhere = Placed("elsewhere")
+    members = {n: Placed(d, 0.02, notes=notes) for n, d in zip("ab", devices, strict=True)}
+    Ensemble({"a": members["a"], "c": elsewhere, "b": members["b"]}).score(IMAGES, PROMPTS)
+    assert [what for what, _ in notes] == ["starts", "ends", "starts", "ends"]
+    assert [place for _, place in notes[::2]] == list(devices)
+    assert len(elsewhere.notes) == 2
+
+
+def test_parts_stand_in_the_order_of_the_rewards_whatever_their_places():
+    members = {"a": Placed("x", 0.03), "b": Placed("y"), "c": Placed("x"), "d": Placed("z")}
+    scores = Ensemble(members).score(IMAGES, PROMPTS)
+    assert list(scores.parts) == list(scores.seconds) == ["a", "b", "c", "d"]
+
+
+def test_members_in_threads_score_without_gradient_and_autocast():
+    members = {"a": Placed("x"), "b": Placed("y")}
+    with torch.autocast("cpu", torch.bfloat16):
+        Ensemble(members).score(IMAGES, PROMPTS)
+    assert [(m.grad, m.autocast) for m in members.values()] == [(False, False)] * 2
+
+
+def test_members_in_threads_are_loaded_one_after_another():
+    notes = []
+
+    class Reading(Placed):
+        def load(self):
+            if ("read", self.device) not in notes:
+                notes.append(("reads", self.device))
+                time.sleep(0.02)
+                notes.append(("read", self.device))
+            return self
+
+    Ensemble({"a": Reading("x"), "b": Reading("y")}).score(IMAGES, PROMPTS)
+    assert notes == [("reads", "x"), ("read", "x"), ("reads", "y"), ("read", "y")]
+
+
+def test_a_failure_in_a_thread_reaches_the_caller():
+    class Broken(Placed):
+        def score(self, images, prompts):
+            raise ValueError("out of order")
+
+    with pytest.raises(ValueError, match="out of order"):
+        Ensemble({"a": Placed("x"), "b": Broken("y")}).score(IMAGES, PROMPTS)
+
+
+def test_seconds_are_told_by_member():
+    inner = Ensemble({"slow": Placed(pause=0.05), "quick": Placed()})
+    seconds = Ensemble({"inner": inner, "quick": Placed()}).score(IMAGES, PROMPTS).seconds
+    assert list(seconds) == ["inner", "quick"]
+    assert seconds["inner"] >= 0.05 > seconds["quick"] >= 0
