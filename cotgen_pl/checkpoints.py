@@ -159,14 +159,16 @@ def read_weights(path: str, kind: type[PreTrainedModel], **settings: Any) -> Any
             f"expected weights in {path}, got: {_first_line(error)}; download the checkpoint again"
         ) from error
     model, report = loaded
-    missing, unknown = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    misshapen = sorted(name for name, *_ in report["mismatched_keys"])
-    if missing or misshapen:
+    names = {
+        "missing": report["missing_keys"],
+        "of another shape": [name for name, *_ in report["mismatched_keys"]],
+        "unknown": report["unexpected_keys"],
+    }
+    misfits = [f"{len(v)} {misfit} (first: {min(v)})" for misfit, v in names.items() if v]
+    if names["missing"] or names["of another shape"]:
         raise ValueError(
-            f"expected all weights of a {kind.__name__} in {path}, got none for {len(missing)} of "
-            f"them (first: {missing[:1]}), {len(misshapen)} of another shape (first: "
-            f"{misshapen[:1]}) and {len(unknown)} unknown ones (first: {unknown[:3]}); convert or "
-            "download the checkpoint again"
+            f"expected all weights of a {kind.__name__} in {path}, got {', '.join(misfits)}; "
+            "convert or download the checkpoint again"
         )
     return model
 

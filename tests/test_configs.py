@@ -8,11 +8,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cotgen_pl.conversion.formats import convert_checkpoint
+from tests.conversion.original_blip import write_image_reward, write_tokenizer
+from tests.conversion.test_llava_next import build_weights as build_llava_weights
+from tests.conversion.test_llava_next import write_original
 from tests.rewards.test_hps import write as write_small_hps
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 PIECES = sorted(CONFIGS.glob("*/*.yaml"))
+CLASSES = {
+    "hps": "cotgen_pl.rewards.hps.HPSReward",
+    "image_reward": "cotgen_pl.rewards.image_reward.ImageReward",
+    "orm": "cotgen_pl.rewards.orm.ORMReward",
+}
 ON_SHAPES = [path for path in EXPERIMENTS if "shapes" in path.stem]
 
 
@@ -98,13 +107,13 @@ def test_best_of_n_learns_from_the_pairs_of_dpo():
 def smoke_run(command_line, repository, tmp_path):
     """Does what the README's smoke command of a config does, in a folder that it returns."""
 
-    def run(name: str, **replaced: Path) -> Path:
+    def run(name: str, *more: str, **replaced: Path) -> Path:
         commands = (repository / "README.md").read_text().splitlines()
         (command,) = (c for c in commands if f"{name}.yaml --trainer.max_steps 2" in c)
         arguments = command.partition(" --trainer.default_root_dir")[0].split()[2:]
         for part, path in replaced.items():
             arguments += [f"--model.init_args.{part}.init_args.path", str(path)]
-        command_line([*arguments, "--trainer.default_root_dir", str(tmp_path / "run")])
+        command_line([*arguments, *more, "--trainer.default_root_dir", str(tmp_path / "run")])
         return tmp_path / "run"
 
     return run
@@ -150,6 +159,77 @@ def test_janus_pro_takes_two_rounds_with_only_the_weights_replaced(
     # Each round begins at its own reference: no pair is preferred yet.
     assert read_values(folder, "train/loss") == pytest.approx([math.log(2)] * 2, abs=1e-4)
     assert (folder / "exported" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    """Small random weights in each judge's original format, converted as a user would."""
+    folder = tmp_path_factory.mktemp("judges")
+    (folder / "blip").mkdir()
+    write_image_reward(folder / "blip")
+    convert_checkpoint(
+        "image_reward",
+        folder / "blip",
+        folder / "image_reward",
+        tokenizer=write_tokenizer(folder / "bert"),
+    )
+    write_original(folder / "llava", build_llava_weights())
+    convert_checkpoint("llava_next", folder / "llava", folder / "orm")
+    return folder
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("config", "weights", "parts"),
+    [
+        ("image_reward", "image_reward", ["image_reward"]),
+        ("unified_reward", "orm", ["unified_reward"]),
+        ("orm", "orm", ["orm"]),
+        ("ensemble", None, ["hps", "image_reward", "orm"]),
+    ],
+)
+def test_janus_pro_learns_from_each_judge(
+    smoke_run, tiny_janus, small_hps, judges, algorithm, config, weights, parts
+):
+    places = {"hps": small_hps, "image_reward": judges / "image_reward", "orm": judges / "orm"}
+    more = ["--trainer.callbacks", "null"]
+    if algorithm == "dpo":  # whose callbacks draw the pairs
+        more = []
+    if weights is None:
+        inside = "--model.init_args.reward.init_args.rewards"
+        rewards = {
+            name: {"class_path": CLASSES[name], "init_args": {"path": str(place)}}
+            for name, place in places.items()
+        }
+        more += [inside, json.dumps(rewards)]
+        folder = smoke_run(f"{algorithm}_{config}", *more, policy=tiny_janus)
+    else:
+        reward = judges / weights
+        more += ["--model.init_args.reward.init_args.dtype", "float32"]
+        if config == "unified_reward":  # random weights write no mark; their chances give one
+            more += ["--model.init_args.reward.init_args.expected", "true"]
+        folder = smoke_run(f"{algorithm}_{config}", *more, policy=tiny_janus, reward=reward)
+    assert len(read_values(folder, "train/loss")) == 2
+    if algorithm == "grpo":
+        for part in parts:
+            assert len(read_values(folder, f"train/rewards/{part}/mean")) == 2
+            assert len(read_values(folder, f"perf/reward/{part}_s")) == 2
+
+
+@pytest.mark.parametrize("name", ["image_reward", "unified_reward", "orm", "ensemble"])
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_judges_differ_from_hps_in_the_reward_alone(algorithm, name):
+    hps, own = (
+        yaml.safe_load((CONFIGS / f"{algorithm}_{reward}.yaml").read_text())
+        for reward in ("hps", name)
+    )
+    assert own["model"]["init_args"].pop("reward") == f"rewards/{name}.yaml"
+    del hps["model"]["init_args"]["reward"]
+    assert own["trainer"].pop("default_root_dir") == f"runs/{algorithm}_{name}"
+    del hps["trainer"]["default_root_dir"]
+    if (algorithm, name) == ("grpo", "ensemble"):
+        assert own["model"]["init_args"].pop("combine_rewards") == "normalise_then_sum"
+    assert own == hps
 
 
 @pytest.mark.slow

@@ -250,6 +250,7 @@ def _raised_here(error: BaseException) -> bool:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path.cwd()))  # where a user's own classes lie; else only tools/ is there
     try:
         main()
     except (ValueError, OSError) as error:

@@ -32,6 +32,7 @@ NAMES = [
     "t2i_compbench_prompts",
     "t2i_r1_prompts",
     "unified_reward",
+    "unified_reward_llava",
 ]
 
 
