@@ -50,6 +50,26 @@ def best_of_n_curve(judge: Tensor, chosen_by: Tensor) -> Tensor:
     return (chances * values.nan_to_num()).sum(1) / (chances * known).sum(1)
 
 
+def choose(scores: Tensor, noise: Tensor) -> list[int]:
+    """The candidate with the highest score, for each of P prompts.
+
+    Without a verdict (NaN) one is chosen only where all are such. Ties are drawn from.
+
+    Args:
+        scores: [P, N].
+        noise: [P] in [0, 1), decides between equals.
+
+    >>> choose(torch.tensor([[0.2, float("nan"), 0.9, 0.9]]), torch.tensor([0.6]))
+    [3]
+    """
+    order = scores.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    best = order == order.amax(1, keepdim=True)  # [P, N]
+    places = [row.nonzero()[:, 0].tolist() for row in best]
+    return [
+        equal[int(share * len(equal))] for equal, share in zip(places, noise.tolist(), strict=True)
+    ]
+
+
 def _shares_won(number: int) -> Tensor:
     """[N + 1, N]: row i, column n - 1 is C(i, n) / C(N, n), the subsets within the lowest i."""
     shares = torch.zeros(number + 1, number, dtype=torch.float64)

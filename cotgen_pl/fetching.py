@@ -104,6 +104,22 @@ class RecipeConversion:
 
 
 @dataclass(frozen=True)
+class RecipePhrases:
+    """A phrase file that spaCy makes of the files, which hold a prompt per line.
+
+    Args:
+        target: The file to make, inside the folder of downloads.
+        model: spaCy's, which must be installed.
+    """
+
+    target: str
+    model: str
+
+    def __post_init__(self) -> None:
+        check_target(self.target)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What one config needs.
 
@@ -111,11 +127,13 @@ class Recipe:
         files: What to download.
         folder: The folder of downloads, where no other is asked for.
         convert: What to make of it then.
+        phrases: What to parse it into then.
     """
 
     files: list[RecipeFile]
     folder: str = "weights"
     convert: RecipeConversion | None = None
+    phrases: RecipePhrases | None = None
 
 
 def check_target(target: str) -> None:
@@ -142,7 +160,8 @@ def read_recipe(file: Path) -> Recipe:
         read = parser.parse_path(str(file)).as_dict()
         files = [RecipeFile(**entry) for entry in read["files"]]
         convert = RecipeConversion(**read["convert"]) if read["convert"] else None
-        recipe = Recipe(files, read["folder"], convert)
+        phrases = RecipePhrases(**read["phrases"]) if read["phrases"] else None
+        recipe = Recipe(files, read["folder"], convert, phrases)
     except (ArgumentError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: expected a recipe, got: {error}") from error
     targets = [entry.target for entry in recipe.files if not entry.is_pattern]
@@ -164,10 +183,12 @@ class Lock:
         self.entries: dict[str, dict[str, Any]] = {}
         if file.exists():
             try:
-                self.entries = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                self.entries = {key: dict(entry) for key, entry in found.items()}
+            except (AttributeError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"{file}: expected JSON, got a damaged file; restore it from version control"
+                    f"{file}: expected JSON with an entry per file, got a damaged file; restore it "
+                    "from version control"
                 ) from error
 
     def record(self, key: str, **entry: Any) -> None:

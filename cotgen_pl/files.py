@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,50 @@ def _no_room(path: Path, error: OSError) -> ValueError:
         f"expected room for {path}, got: {error}; what was finished before it stays: free some "
         "room, and go on with --ckpt_path last"
     )
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows to a file of JSON objects, one per line; numbers that are not known are null."""
+    lines = [json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    append_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON objects, none where there is no file.
+
+    The half of a last row that a kill left is not one of them. Neither may anything be added behind
+    it: write what is here anew first.
+
+    Raises:
+        ValueError: Another line is no JSON object; it is named.
+    """
+    if not path.is_file():
+        return []
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [_as_row(line) for line in lines]
+    if None in rows:
+        number = rows.index(None)
+        raise ValueError(
+            f"{path}:{number + 1}: expected a JSON object, got {lines[number][:60]!r}; correct "
+            "this line, or remove the file where it can be made again"
+        )
+    half = _as_row(last)  # whole, where only the line's end is missing
+    return [row for row in [*rows, half] if row is not None]
+
+
+def _as_row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def without_nan(value: Any) -> Any:
+    """JSON values with null in place of NaN, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {name: without_nan(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -228,6 +228,12 @@ class Policy(nn.Module, ABC):
         """Bring pictures of any size to what `encode` reads, [B, 3, H, W] float32 in [0, 1]."""
         raise NotImplementedError(f"{type(self).__name__} takes no pictures of another size")
 
+    def answer(
+        self, pictures: Sequence[Image], questions: Sequence[str], max_tokens: int
+    ) -> list[str]:
+        """Greedy answers to questions about pictures, of at most `max_tokens` tokens each."""
+        raise NotImplementedError(f"{type(self).__name__} answers no questions about pictures")
+
     @abstractmethod
     def reference(self) -> Policy:
         """A frozen twin with the weights of now; under LoRA, the same weights with adapters off."""
@@ -262,6 +268,10 @@ class Reward(nn.Module, ABC):
     def check_prompt(self, prompt: Prompt) -> None:
         """Raise a ValueError for a prompt that it cannot judge by, before weights load."""
         return
+
+    def metric_name(self, category: str) -> str:
+        """What its score of a category is called: with what makes it another metric, if it is."""
+        return category
 
     def load(self) -> Reward:
         """Read the weights, if there are any; a second call does nothing. Returns self."""

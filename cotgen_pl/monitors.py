@@ -126,6 +126,34 @@ def paired_change(before: Tensor, now: Verdicts) -> tuple[float, float]:
     return mean.item(), (squares * number / (number - 1)).sqrt().item()
 
 
+def mean_error(values: Tensor) -> float:
+    """The standard error of the mean over all pictures with a verdict, where prompts are drawn.
+
+    Prompts and not pictures are counted, since pictures of one prompt are alike. With s the sum and
+    n the number of a prompt's verdicts, and m = sum(s) / sum(n) the mean over pictures, it is
+    sqrt(P / (P - 1) sum((s - m n)²)) / sum(n), the linearised error of a ratio (Cochran 1977,
+    Sampling Techniques, chapter 6). Where all prompts have as many verdicts, it is the sample
+    deviation of their means over sqrt(P).
+
+    Args:
+        values: [P, G], NaN for no verdict; prompts without any do not count.
+
+    Returns:
+        The error in the unit of the values; NaN for fewer than two prompts.
+
+    >>> round(mean_error(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])), 4)  # 0.5 / sqrt(3)
+    0.2887
+    """
+    known = ~values.isnan()
+    kept = known.any(1)
+    sums, numbers = values.double().nansum(1)[kept], known.double().sum(1)[kept]
+    number = len(numbers)
+    if number < 2:
+        return math.nan
+    squares = (sums - numbers * sums.sum() / numbers.sum()).square().sum()
+    return ((squares * number / (number - 1)).sqrt() / numbers.sum()).item()
+
+
 # Variety ----------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# What torch's own unpickler and safetensors raise for files that hold something else.
+DAMAGED = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AssertionError,
+)
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -80,7 +93,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             content = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{file}: expected a checkpoint that holds tensors only, got one that is damaged "
             "or would run code when opened; download it again, or convert one that you trust to "

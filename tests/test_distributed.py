@@ -51,6 +51,7 @@ def settings_of(tiny_janus: Path, folder: Path, **model: Any) -> dict[str, Any]:
                     every_n_updates=2,
                     images_per_prompt=2,
                     final_images_per_prompt=2,
+                    leaks="warn",
                 ),
                 piece("cotgen_pl.callbacks.samples.SampleGrid", files=files),
                 piece("cotgen_pl.callbacks.export.HuggingFaceExport"),

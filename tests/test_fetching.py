@@ -278,7 +278,8 @@ def test_files_that_are_no_recipes_are_refused(text, refusal, tmp_path):
     assert str(file) in str(error.value)
 
 
-def test_a_damaged_lock_is_refused(fetch, tmp_path):
-    (tmp_path / "fetch.lock").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", '{"http://nowhere.invalid/a": 3}'])
+def test_a_damaged_lock_is_refused(fetch, tmp_path, text):
+    (tmp_path / "fetch.lock").write_text(text)
     with pytest.raises(ValueError, match="restore it from version control"):
         fetch(RecipeFile("a", "http://nowhere.invalid/a"))

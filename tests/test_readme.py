@@ -75,7 +75,9 @@ def logged(tiny_janus, tmp_path_factory):
         {"kl_coef": 0.1, "kl_penalty": 0.1, "updates_per_rollout": 2},
         {"kl_coef": 0.1, "logprobs": "conditional", "variant": "cispo", "clip_high": 5.0},
     ):
-        trainer = fit(make_grpo(tiny_janus, **settings), folder, SuiteEvaluation(suites))
+        trainer = fit(
+            make_grpo(tiny_janus, **settings), folder, SuiteEvaluation(suites, leaks="warn")
+        )
         rows = trainer.logger.rows.values()
         names |= {name for row in rows for name in row} | trainer.progress_bar_metrics.keys()
     names |= {name for row in fit_dpo(tiny_janus, folder / "dpo").values() for name in row}
@@ -149,7 +151,7 @@ def test_the_way_from_a_prompt_file_to_a_model_can_be_gone(readme, workplace, sm
 
 @pytest.fixture
 def rewards_section(readme):
-    return readme[readme.index("## Rewards") : readme.index("## Configuration by example")]
+    return readme[readme.index("## Rewards") : readme.index("## Benchmarks")]
 
 
 def test_every_piece_of_a_reward_is_in_the_table(rewards_section, repository):

@@ -39,6 +39,7 @@ def callbacks_of(
             every_n_updates=4,
             images_per_prompt=1,
             final_images_per_prompt=1,
+            leaks="warn",
         ),
         piece(
             f"{CALLBACKS}.ModelCheckpoint", save_last=True, save_top_k=1, every_n_train_steps=every

@@ -132,6 +132,15 @@ def test_a_damaged_file_is_refused(tmp_path, name):
         read_tensors(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "content", [b"\x85.", b"h\x07.", b"j\x01.", b"\x80\x02}N\x85R.", b"<html>", b"version https"]
+)
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.pt: expected a checkpoint .* that is damaged"):
+        read_tensors(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"state_dict": {"epoch": 3}}, torch.zeros(2)])
 def test_other_contents_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match="expected tensors by name, or those under 'state_dict'"):

@@ -74,7 +74,10 @@ class SaveRunConfig(SaveConfigCallback):
     def _found_out(self, module: PolicyModule) -> dict[str, Any]:
         versions = {name: version(name) for name in ("torch", "transformers", "lightning")}
         own = {"cotgen_pl": cotgen_pl.__version__}
-        return {**own, **versions, "policy": module.policy.describe()}
+        found = {**own, **versions, "policy": module.policy.describe()}
+        if hasattr(module, "micro_batch_size"):  # found, under `auto`; config.yaml has that word
+            found["micro_batch_size"] = module.micro_batch_size
+        return found
 
     def _write_config(self, path: Path) -> None:
         config = self.config.clone()

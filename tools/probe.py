@@ -300,6 +300,8 @@ def probe(arguments: Sequence[str] | None = None) -> dict[str, Row]:
     check_positive(prompts=own.prompts, batch_size=own.batch_size)
     if own.images < 2:
         raise ValueError(f"expected --images of 2 or more, got {own.images}; one has no group")
+    if own.json and not own.json.absolute().parent.is_dir():  # before the work, not behind it
+        raise ValueError(f"expected --json in a folder that is there, got {own.json}; make it")
     rows, left_out = _run(own, overrides)
     print(f"{own.prompts} prompts x {own.images} images of {own.config}\n")
     print(format_rows(rows, own.images))

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from cotgen_pl.callbacks.base import Observer
+from cotgen_pl.callbacks.leak_check import LeakAction, LeakCheck
 from cotgen_pl.callbacks.suites import (
     OWN,
     JudgedSuite,
     Metrics,
     Suite,
+    divergence,
     domain_mean,
     domain_means,
     domain_verdicts,
     domains_of,
     judge_suite,
     read_suite,
+    sample_prompts,
 )
+from cotgen_pl.callbacks.tables import (
+    format_table,
+    format_tables,
+    warn_of_equal,
+    write_verdicts,
+)
+from cotgen_pl.callbacks.verdicts import VerdictStore, describe_judge, describe_variant
 from cotgen_pl.data.prompts import check_scorable
-from cotgen_pl.interfaces import Policy, Prompt, Reward, check_positive
+from cotgen_pl.interfaces import Reward, check_positive
 from cotgen_pl.modules.base import PolicyModule, scorer_of
 from cotgen_pl.monitors import Course, watch_hacking
-from cotgen_pl.sampling import forced_logits
 
 __all__ = ["Suite", "SuiteEvaluation", "format_table"]
 
@@ -53,16 +62,28 @@ class SuiteEvaluation(Observer):
     warning names what fell. An ensemble that standardises its parts has the same mean at all times
     and so never gives an alarm.
 
+    A run's start and end and `validate` are thorough: all prompts. One that is killed goes on where
+    it was, if weights, prompts, rewards and seeds are the same: its verdicts so far lie in
+    `evaluation/unfinished`. At the end of a run and in `validate` the tables of
+    `cotgen_pl.callbacks.tables` are printed, and every picture's verdict stands in
+    `evaluation/<suite>.json` and `.csv`. With `prompts_per_category`, the evaluations in between
+    score other prompts than those, so that their means compare with each other alone.
+
     Args:
         suites: What is scored.
         every_n_updates: Rollouts between two evaluations in training.
-        images_per_prompt: Images of each prompt in the middle of a run.
-        final_images_per_prompt: Images of each prompt at its start and end, and in `validate`.
+        images_per_prompt: Images of each prompt in the middle of a run; a suite may say otherwise.
+        final_images_per_prompt: Images of each prompt at its start and end, and in `validate`;
+            likewise.
         batch_size: Images drawn at a time, on each process.
         kl_images: Images of each in-domain and out-of-domain suite along which the divergence is
             taken; 0 leaves it out.
         watched: Rewards, by names of your own, that are looked at and not trained on; absent means
             no alarm, none at all ({}) that `val/ood/mean` alone is watched.
+        prompts_per_category: Prompts of each suite's categories in the middle of a run, spread
+            evenly over the category's list and the same each time; absent means all.
+        leaks: What to do about prompts in training that a suite in or out of domain holds out; see
+            `cotgen_pl.callbacks.leak_check.LeakCheck`.
     """
 
     def __init__(
@@ -74,6 +95,8 @@ class SuiteEvaluation(Observer):
         batch_size: int = 256,
         kl_images: int = 64,
         watched: dict[str, Reward] | None = None,
+        prompts_per_category: int | None = None,
+        leaks: LeakAction = "drop",
     ) -> None:
         names = [suite.name for suite in suites]
         if not suites or len(set(names)) < len(names):
@@ -86,19 +109,28 @@ class SuiteEvaluation(Observer):
             images_per_prompt=images_per_prompt,
             final_images_per_prompt=final_images_per_prompt,
             batch_size=batch_size,
+            prompts_per_category=prompts_per_category,
         )
         self.suites = suites
         self.images_per_prompt = images_per_prompt
         self.final_images_per_prompt = final_images_per_prompt
         self.batch_size, self.kl_images = batch_size, kl_images
         self.prompts = {suite.name: read_suite(suite) for suite in suites}
+        self.samples = {
+            name: sample_prompts(prompts, prompts_per_category)
+            for name, prompts in self.prompts.items()
+        }
+        """Of each suite, what is scored in the middle of a run."""
         self.first: Metrics = {}
         self.last: Metrics = {}
         self.last_scored = -1
         """Rollouts before the last scores."""
-        self.watched = watched
+        self.watched, self.leak_check = watched, LeakCheck(leaks)
         self.course: Course | None = None
         """What the alarm remembers."""
+        self.tables = ""
+        """Of the last thorough evaluation of this process."""
+        self._judges: dict[Reward, dict[str, Any]] = {}  # hashing a judge's weights takes seconds
 
     # When ---------------------------------------------------------------------------------------
 
@@ -107,17 +139,18 @@ class SuiteEvaluation(Observer):
         assert isinstance(pl_module, PolicyModule)
         for suite in self.suites:
             prompts = self.prompts[suite.name]
-            _check_shares(suite, len(prompts), trainer.world_size)
+            _check_shares(suite, len(self.samples[suite.name]), trainer.world_size)
             for reward in self._rewards(pl_module, suite).values():
                 check_scorable(prompts, reward)
             pl_module.policy.check_prompts([prompt.drawn_text for prompt in prompts])
+        self.leak_check.run(trainer, self.suites, self.prompts)
 
     def observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
         """Score, and keep the scores of the start for the table."""
-        images = self.final_images_per_prompt if thoroughly else self.images_per_prompt
-        metrics = self.evaluate(module, images)
+        metrics = self.evaluate(module, thoroughly=thoroughly)
         if module.rollouts == 0:
             self.first = metrics
+            self.leak_check.write(trainer)
 
     def on_train_batch_end(
         self,
@@ -139,14 +172,21 @@ class SuiteEvaluation(Observer):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what changed."""
         super().on_train_end(trainer, pl_module)
-        pl_module.print(format_table(self.first, self.last))
+        assert isinstance(pl_module, PolicyModule)
+        self._show(pl_module, self.first)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score a checkpoint or a folder under `validate`."""
         assert isinstance(pl_module, PolicyModule)
         if trainer.state.fn == "validate":
-            self.evaluate(pl_module, self.final_images_per_prompt)
-            pl_module.print(format_table({}, self.last))
+            self.evaluate(pl_module, thoroughly=True)
+            self._show(pl_module, {})
+
+    def _show(self, module: PolicyModule, first: Metrics) -> None:
+        """Print all tables."""
+        if self.tables:  # a resumed run that had ended has none
+            module.print(f"every picture's verdict: {_folder(module)}\n\n{self.tables}\n")
+        module.print(format_table(first, self.last))
 
     @property
     def state_key(self) -> str:
@@ -171,10 +211,15 @@ class SuiteEvaluation(Observer):
     # What ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, module: PolicyModule, images_per_prompt: int) -> Metrics:
-        """Score all suites, log the metrics and return them."""
-        with module.own_random_state("evaluation"):  # of rewards that use it
-            judged = [self._judge(module, suite, images_per_prompt) for suite in self.suites]
+    def evaluate(self, module: PolicyModule, *, thoroughly: bool) -> Metrics:
+        """Score all suites, log the metrics and return them.
+
+        Args:
+            module: Whose policy draws.
+            thoroughly: All prompts, `final_images_per_prompt` of each; else those of the middle.
+        """
+        stores = {suite.name: self._store(module, suite) for suite in self.suites if thoroughly}
+        judged = [self._judge(module, suite, stores.get(suite.name)) for suite in self.suites]
         metrics: Metrics = {}
         for suite in judged:
             metrics |= suite.metrics()
@@ -186,11 +231,72 @@ class SuiteEvaluation(Observer):
         self.last, self.last_scored = metrics, module.rollouts
         for logger in module.trainer.loggers:
             logger.log_metrics(metrics, step=module.rollouts)
+        if thoroughly:
+            self._finish(module, judged, stores)
         return metrics
 
-    def _judge(self, module: PolicyModule, suite: Suite, images_per_prompt: int) -> JudgedSuite:
-        rewards, prompts = self._rewards(module, suite), self.prompts[suite.name]
-        return judge_suite(module, suite, prompts, rewards, images_per_prompt, self.batch_size)
+    def _judge(self, module: PolicyModule, suite: Suite, store: VerdictStore | None) -> JudgedSuite:
+        thoroughly = store is not None
+        prompts = (self.prompts if thoroughly else self.samples)[suite.name]
+        rewards, copies = self._rewards(module, suite), self._copies(suite, thoroughly=thoroughly)
+        return judge_suite(module, suite, prompts, rewards, copies, self.batch_size, store)
+
+    def _copies(self, suite: Suite, *, thoroughly: bool) -> int:
+        if thoroughly:
+            return suite.final_images_per_prompt or self.final_images_per_prompt
+        return suite.images_per_prompt or self.images_per_prompt
+
+    # Thorough evaluations -----------------------------------------------------------------------
+
+    def _store(self, module: PolicyModule, suite: Suite) -> VerdictStore:
+        """Where a suite's verdicts are kept until all suites are finished."""
+        rewards = self._rewards(module, suite)
+        for reward in rewards.values():
+            if reward not in self._judges:
+                self._judges[reward] = describe_judge(reward)
+        variant = describe_variant(
+            module,
+            suite.name,
+            suite.files,
+            self.prompts[suite.name],
+            self._copies(suite, thoroughly=True),
+            {name: self._judges[reward] for name, reward in rewards.items()},
+        )
+        return VerdictStore(_folder(module) / "unfinished", variant, module.global_rank)
+
+    def _finish(
+        self,
+        module: PolicyModule,
+        judged: Sequence[JudgedSuite],
+        stores: Mapping[str, VerdictStore],
+    ) -> None:
+        """Make tables and, but at a run's start, files; then forget the batches."""
+        self.tables = format_tables(judged)
+        for suite in judged:
+            warn_of_equal(suite)
+        if module.trainer.is_global_zero:
+            for suite in judged if module.rollouts or _validates(module) else ():
+                self._write(module, suite, stores[suite.suite.name])
+            for store in stores.values():
+                store.remove()
+        module.trainer.strategy.barrier("verdicts are written")
+
+    def _write(self, module: PolicyModule, judged: JudgedSuite, store: VerdictStore) -> None:
+        """Write a suite's files; the details of its pictures are on disk alone."""
+        batches = store.read()
+        if sum(len(batch.prompts) for batch in batches) < len(judged.prompts):
+            raise ValueError(
+                f"expected the verdicts of all processes in {store.folder}, got some of them; give "
+                "all machines one folder, trainer.default_root_dir"
+            )
+        details: dict[int, Sequence[Any]] = {}
+        for batch in batches:
+            details |= zip(batch.prompts, batch.details or (), strict=batch.details is not None)
+        copies = self._copies(judged.suite, thoroughly=True)
+        seeds = module.noise_seeds(judged.prompts, copies, "evaluation")
+        write_verdicts(_folder(module), judged, store.variant, seeds, details)
+
+    # Rewards that judge -------------------------------------------------------------------------
 
     def _rewards(self, module: PolicyModule, suite: Suite) -> dict[str, Reward]:
         """All that judge a suite: its own, those that are watched, and the one trained on."""
@@ -214,16 +320,16 @@ class SuiteEvaluation(Observer):
         """Whether the alarm is on, with a warning that names what fell."""
         if module.rollouts == 0:
             self.course = None  # a run that was interrupted before its first update starts over
-        copies = min(self.images_per_prompt, self.final_images_per_prompt)  # those that all have
+        judged = [self._in_all(suite) for suite in judged]
         domains = domains_of(self.suites)
         watched = {
-            f"val/watched/{place}/{name}": domain_verdicts(judged, place, copies, f"watched/{name}")
+            f"val/watched/{place}/{name}": domain_verdicts(judged, place, f"watched/{name}")
             for place in domains
             for name in self.watched or {}
         }
         if "ood" in domains:
-            watched["val/ood/mean"] = domain_verdicts(judged, "ood", copies)
-        trained = domain_verdicts(judged, "id", copies, "trained")
+            watched["val/ood/mean"] = domain_verdicts(judged, "ood")
+        trained = domain_verdicts(judged, "id", "trained")
         self.course, names = watch_hacking(self.course, trained, watched)
         if names:
             rank_zero_warn(
@@ -233,55 +339,17 @@ class SuiteEvaluation(Observer):
             )
         return bool(names)
 
+    def _in_all(self, judged: JudgedSuite) -> JudgedSuite:
+        """The pictures that every evaluation of the run has."""
+        suite = judged.suite
+        copies = min(self._copies(suite, thoroughly=thorough) for thorough in (True, False))
+        return judged.part(self.samples[suite.name], copies)
+
     def _divergences(self, module: PolicyModule) -> Metrics:
         suites = [suite for suite in self.suites if suite.domain != "shift"]
-        values = [self._divergence(module, self.prompts[suite.name]) for suite in suites]
+        prompts = [self.prompts[suite.name] for suite in suites]
+        values = [divergence(module, some, self.kl_images, self.batch_size) for some in prompts]
         return {"val/kl_to_base": sum(values) / len(values)} if values else {}
-
-    def _divergence(self, module: PolicyModule, prompts: list[Prompt]) -> float:
-        """KL(policy || start) of the sampled distribution, mean per token, along some images."""
-        spread = prompts[:: max(1, len(prompts) // self.kl_images)][: self.kl_images]
-        total = 0.0
-        for start in range(0, len(spread), self.batch_size):
-            part = spread[start : start + self.batch_size]
-            tokens, _ = module.draw(part, 1, "evaluation")
-            now = _sampled_distribution(module, module.policy, part, tokens)
-            with module.start_weights() as base:
-                then = _sampled_distribution(module, base, part, tokens)
-            total += (now.exp() * (now - then)).sum(-1).mean(1).sum().item()
-        return total / len(spread)
-
-
-def format_table(first: Metrics, last: Metrics) -> str:
-    """Scores at the start and at the end, one line per category.
-
-    A part that is the suite's mean under another name, at both times, has no line.
-    """
-    lines = (
-        [f"{'':44s}{'start':>8s}{'end':>8s}{'change':>9s}"] if first else [f"{'':44s}{'score':>8s}"]
-    )
-    for name, value in last.items():
-        suite, is_part, _ = name.rpartition("/parts/")
-        if is_part and all(m.get(name) == m.get(f"{suite}/mean") for m in (first, last)):
-            continue
-        label = name.removeprefix("val/")
-        if first:
-            start = first.get(name, float("nan"))
-            lines.append(f"{label:44s}{start:8.3f}{value:8.3f}{value - start:+9.3f}")
-        else:
-            lines.append(f"{label:44s}{value:8.3f}")
-    return "\n".join(lines)
-
-
-def _sampled_distribution(
-    module: PolicyModule, policy: Policy, prompts: Sequence[Prompt], tokens: Tensor
-) -> Tensor:
-    """Log-probabilities of the whole codebook, [B, T, V], as they were sampled from."""
-    with module.precision():
-        logits = forced_logits(
-            policy, [p.drawn_text for p in prompts], tokens, guidance=module.guidance, mode="guided"
-        )
-    return (logits.float() / module.temperature).log_softmax(-1)
 
 
 def _check_watched(watched: Mapping[str, Reward]) -> None:
@@ -297,10 +365,14 @@ def _check_shares(suite: Suite, num_prompts: int, num_processes: int) -> None:
     if num_prompts < num_processes:
         raise ValueError(
             f"suite {suite.name}: expected a prompt or more for each of {num_processes} processes, "
-            f"got {num_prompts}; add prompts, or train on fewer devices"
+            f"got {num_prompts}; add prompts, raise prompts_per_category, or take fewer devices"
         )
 
 
 def _validates(module: PolicyModule) -> bool:
     """Whether a checkpoint is scored, which has no course to watch."""
     return module.trainer.state.fn == "validate"
+
+
+def _folder(module: PolicyModule) -> Path:
+    return Path(module.trainer.default_root_dir) / "evaluation"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from cotgen_pl.data.pairs import PairData
 from cotgen_pl.data.prompts import PromptData, PromptFile, check_scorable, draw_passes, read_prompts
 from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Prompt, check_choice, check_positive
+from cotgen_pl.leaks import check_same_prompts, fingerprint, leave_out
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.modules.grpo import GRPOModule
 from cotgen_pl.modules.offline import OfflineModule
@@ -76,6 +77,8 @@ class IterativeRounds(Callback):
         numbered = enumerate(chain.from_iterable(prompts for _, prompts in read))
         self._all_prompts = [replace(prompt, index=index) for index, prompt in numbered]
         self._weights = [weight for weight, prompts in read for _ in prompts]
+        self._prompts_read = self._all_prompts  # those that leak among them
+        self._fits = False
         self.round = 0
         """The one that the run is in, from 0."""
         self.records: list[dict[str, Any]] = []
@@ -87,7 +90,8 @@ class IterativeRounds(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before weights load, rounds that cannot be or would change nothing."""
-        if stage != "fit":
+        self._fits = stage == "fit"
+        if not self._fits:
             return
         data: Any = getattr(trainer, "datamodule", None)
         if isinstance(pl_module, GRPOModule) and isinstance(data, PromptData):
@@ -105,6 +109,16 @@ class IterativeRounds(Callback):
                 f"SFTModule with PairData, got {type(pl_module).__name__} with "
                 f"{type(data).__name__}; leave it out, or change the data module"
             )
+
+    def train_prompts(self) -> list[Prompt]:
+        """See `cotgen_pl.leaks.PromptSource`; none for GRPO."""
+        return self._prompts_read
+
+    def drop_prompts(self, leaks: Callable[[Prompt], bool]) -> None:
+        """See `cotgen_pl.leaks.PromptSource`."""
+        fewest = min(1, len(self._all_prompts))
+        kept, self._weights = leave_out(self._all_prompts, self._weights, leaks, fewest)
+        self._all_prompts = [replace(prompt, index=index) for index, prompt in enumerate(kept)]
 
     def _check_online(self, module: GRPOModule, data: PromptData) -> None:
         if self._all_prompts:
@@ -269,12 +283,16 @@ class IterativeRounds(Callback):
             "records": self.records,
             "policy": self._policy,
             "made": self._made,
+            "prompts": fingerprint(self._all_prompts, self._weights),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.round, self.records = state_dict["round"], state_dict["records"]
         self._policy, self._made = state_dict["policy"], state_dict["made"]
+        if self._fits and "prompts" in state_dict:  # absent in older checkpoints
+            own = fingerprint(self._all_prompts, self._weights)
+            check_same_prompts(state_dict["prompts"], own, len(self._all_prompts))
 
 
 def _open_past(folder: Path) -> PairSet:

@@ -57,12 +57,14 @@ def convert_checkpoint(name: str, source: Path, target: Path, **arguments: Any) 
         )
     unfinished = target.with_name(f".{target.name}.part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         done = converter(source, unfinished, **arguments)
         unfinished.replace(target)
     except OSError as error:
-        raise ValueError(f"expected room for {target}, got: {error}; free some room") from error
+        raise ValueError(
+            f"expected to read {source} and to write {target}, got: {error}; see to that place"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return replace(done, target=target)

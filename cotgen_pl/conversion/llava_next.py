@@ -128,7 +128,12 @@ def _read_original_config(source: Path) -> dict[str, Any]:
     file = source / "config.json"
     if not file.is_file():
         raise ValueError(f"{source}: expected a config.json beside the weights, got none; add it")
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        config: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected settings in JSON, got {error!r}; download it again"
+        ) from error
     tower = Path(str(config.get("mm_vision_tower"))).name  # a hub id or the trainer's local path
     found = {**{key: config.get(key) for key in NEEDED}, "mm_vision_tower": tower}
     needed = {**NEEDED, "mm_vision_tower": SIGLIP_TOWER}

@@ -96,7 +96,13 @@ class Shards:
 
 def _outline(values: Any) -> Tensor:
     """Of a tensor in a .safetensors file, from the file's head alone."""
-    return torch.empty(values.get_shape(), dtype=TYPES[values.get_dtype()], device="meta")
+    kind = values.get_dtype()
+    if kind not in TYPES:
+        raise ValueError(
+            f"expected weights of a type among {', '.join(TYPES)}, got {kind}; name a checkpoint "
+            "that is not quantised"
+        )
+    return torch.empty(values.get_shape(), dtype=TYPES[kind], device="meta")
 
 
 def find_shards(folder: Path, kind: str) -> list[Path]:

@@ -100,8 +100,15 @@ class ForeignPairs:
                     f"without {missing}; name the columns of this source by caption, picture_0, "
                     "picture_1, label_0 and label_1"
                 )
+        for prompt in self.prompts():
+            policy.check_prompts([prompt.text])
+
+    def prompts(self) -> Iterator[Prompt]:
+        """The captions of all rows; nothing else is read."""
+        for file in find_files(Path(self.path)):
             for number, row in enumerate(read_rows(file, [self.caption])):
-                policy.check_prompts([self._caption(row, f"{file}, row {number + 1}")])
+                origin = f"{file}, row {number + 1}"
+                yield Prompt(self._caption(row, origin), facts={ORIGIN: origin})
 
     def encode(self, policy: Policy) -> Path:
         """The folder of the encoded pair set, which is made where it is not there yet.

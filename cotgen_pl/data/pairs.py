@@ -6,7 +6,7 @@ It only reads: pairs are built by `IterativeRounds`, or come from elsewhere (`fo
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from cotgen_pl.data.foreign_pairs import ForeignPairs
-from cotgen_pl.interfaces import PreferencePair, check_positive
+from cotgen_pl.interfaces import PreferencePair, Prompt, check_positive
 from cotgen_pl.pair_sets import PairSet
 
 __all__ = ["ForeignPairs", "PairData", "PairSet", "PairStream", "draw_order"]
@@ -190,6 +190,22 @@ class PairData(LightningDataModule):
             self._check(self.pairs)
         elif self.source is not None:
             self.source.check(module.policy)
+
+    def train_prompts(self) -> Iterable[Prompt]:
+        """Those of finished pairs, which `setup` has opened; see `cotgen_pl.leaks.PromptSource`."""
+        if self.source is not None:
+            return self.source.prompts()
+        return self.pairs.prompts() if self.pairs is not None else ()
+
+    def drop_prompts(self, leaks: Callable[[Prompt], bool]) -> None:
+        """Refuse pairs of prompts that leak: they are written already."""
+        number = sum(map(leaks, self.train_prompts()))
+        if number:
+            raise ValueError(
+                f"expected finished pairs of prompts that no suite holds out, got {number} of "
+                "others; build the set again by IterativeRounds, which leaves them out, or set "
+                "leaks: warn on SuiteEvaluation to train on what it scores"
+            )
 
     def check_ready(self) -> None:
         """Refuse a run without pairs, once callbacks have had their say: the module asks then."""

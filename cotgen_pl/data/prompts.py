@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice
 from typing import Any
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cotgen_pl.data.formats import ORIGIN, PromptFile, read_prompts
 from cotgen_pl.interfaces import Prompt, Reward
+from cotgen_pl.leaks import check_same_prompts, fingerprint, leave_out
 
 __all__ = [
     "PromptData",
@@ -26,7 +27,6 @@ __all__ = [
     "PromptStream",
     "check_facts",
     "check_scorable",
-    "find_leaks",
     "read_prompts",
 ]
 
@@ -59,18 +59,6 @@ def check_scorable(prompts: Sequence[Prompt], reward: Reward) -> None:
             reward.check_prompt(prompt)
         except ValueError as error:
             raise ValueError(f"{_place(prompt, number)}: {error}") from error
-
-
-def find_leaks(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[tuple[Prompt, Prompt]]:
-    """The held-out prompts that training contains, each behind its first twin in training.
-
-    Case, spacing and a final full stop make no difference.
-    """
-    seen: dict[str, Prompt] = {}
-    for prompt in train:
-        seen.setdefault(_normalise(prompt.text), prompt)
-    pairs = ((seen.get(_normalise(prompt.text)), prompt) for prompt in held_out)
-    return [(twin, prompt) for twin, prompt in pairs if twin is not None]
 
 
 def draw_passes(weights: Sequence[float], seed: int) -> Iterator[list[tuple[int, int]]]:
@@ -182,7 +170,6 @@ class PromptData(LightningDataModule):
         seed: Of the order.
         limit: Keep this many prompts of each file, from its start; None keeps all.
         predict_files: What to draw under `predict`; None takes `files`.
-        predict_batch_size: Prompts per batch and process under `predict`.
     """
 
     def __init__(
@@ -191,7 +178,6 @@ class PromptData(LightningDataModule):
         seed: int = 0,
         limit: int | None = None,
         predict_files: list[PromptFile] | None = None,
-        predict_batch_size: int = 8,
     ) -> None:
         super().__init__()
         if not files:
@@ -207,11 +193,12 @@ class PromptData(LightningDataModule):
         self.prompts = _number(chain.from_iterable(parts))
         """All prompts to train on, in the order of the files."""
         self.weights = [file.weight for file, part in zip(files, parts, strict=True) for _ in part]
+        self._all_prompts = self.prompts  # those that leak among them
         self.seed = seed
         self.parts = 1
         """Parts of the run with prompts of their own; `IterativeRounds` sets it."""
-        self.predict_batch_size = predict_batch_size
         self.predict_prompts = self.prompts
+        """What `ImageWriter` draws under `predict`, numbered in the order of the files."""
         if predict_files is not None:
             parts = [read_prompts(file)[:limit] for file in predict_files]
             self.predict_prompts = _number(chain.from_iterable(parts))
@@ -239,6 +226,26 @@ class PromptData(LightningDataModule):
         _check_batches(module.prompts_per_batch, module.num_rollouts, trainer.world_size)
         _check_drawable(module, self.prompts)
 
+    def train_prompts(self) -> list[Prompt]:
+        """See `cotgen_pl.leaks.PromptSource`."""
+        return self._all_prompts
+
+    def drop_prompts(self, leaks: Callable[[Prompt], bool]) -> None:
+        """See `cotgen_pl.leaks.PromptSource`; what is drawn under `predict` stays."""
+        kept, self.weights = leave_out(self.prompts, self.weights, leaks, fewest=self.parts)
+        self.prompts = _number(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which prompts are trained on."""
+        return {"prompts": fingerprint(self.prompts, self.weights)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with others."""
+        trainer: Any = self.trainer
+        if trainer.state.fn == "fit":
+            own = fingerprint(self.prompts, self.weights)
+            check_same_prompts(state_dict["prompts"], own, len(self.prompts))
+
     def train_dataloader(self) -> DataLoader[list[Prompt]]:
         """The batches of this process that are still to come."""
         trainer: Any = self.trainer
@@ -259,19 +266,16 @@ class PromptData(LightningDataModule):
         )
         return DataLoader(stream, batch_size=None)
 
-    def predict_dataloader(self) -> DataLoader[Prompt]:
-        """The prompts in order, in batches of `predict_batch_size`."""
-        dataset: Any = self.predict_prompts  # a list has all that a map-style data set needs
-        return DataLoader(dataset, batch_size=self.predict_batch_size, collate_fn=list)
+    def predict_dataloader(self) -> DataLoader[int]:
+        """One empty batch for each process, so that `predict` enters a loop; see `ImageWriter`."""
+        trainer: Any = self.trainer
+        dataset: Any = range(trainer.world_size)  # has all that a map-style data set needs
+        return DataLoader(dataset, batch_size=None)
 
 
 def _place(prompt: Prompt, number: int) -> str:
     """Where a prompt stands: path and line, or its number where no file holds it."""
     return str(prompt.facts.get(ORIGIN, f"prompt {number}"))
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
 def _number(prompts: Iterable[Prompt]) -> list[Prompt]:

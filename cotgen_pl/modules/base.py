@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ class PolicyModule(LightningModule):
         self.images_sampled = 0
         self.rollouts = 0
         self.seconds: dict[str, float] = defaultdict(float)
-        self.predict_sampling: dict[str, Any] = {}
+        self.write_pictures: Callable[[], int] | None = None
+        """What `predict` does, and how many pictures that made; `ImageWriter` sets it."""
         self._start_weights: dict[str, Tensor] = {}
         self._reference_weights: dict[str, Tensor] = {}  # empty: those of the start
         self._random_state: Tensor | None = None  # of a checkpoint, until it is set
@@ -70,13 +71,18 @@ class PolicyModule(LightningModule):
     # Preparation ------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions that would spoil a run."""
+        """Refuse precisions that would spoil a run, and pictures that would go nowhere."""
         precision = self.trainer.precision
         if precision not in PRECISIONS:
             raise ValueError(
                 f"expected trainer.precision to be one of {', '.join(PRECISIONS)}, got "
                 f"{precision}; bf16-mixed computes in bfloat16 and keeps float32 weights, so that "
                 "small steps are not lost"
+            )
+        if stage == "predict" and self.write_pictures is None:
+            raise ValueError(
+                "expected a callback that writes what predict draws, got none; add "
+                "--trainer.callbacks cotgen_pl.callbacks.images.ImageWriter"
             )
 
     def configure_model(self) -> None:
@@ -342,10 +348,10 @@ class PolicyModule(LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: see `val_dataloader`."""
 
-    def predict_step(self, prompts: list[Prompt], batch_idx: int) -> Tensor:
-        """Draw one picture of each prompt, [P, 3, H, W] in [0, 1]."""
-        tokens, _ = self.draw(prompts, copies=1, stream="predict", **self.predict_sampling)
-        return self.policy.decode(tokens)
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Have `ImageWriter` draw; gives how many pictures it drew on this process."""
+        assert self.write_pictures is not None  # see `setup`
+        return self.write_pictures()
 
 
 def scorer_of(module: LightningModule, own_reward: Reward | None, who: str) -> Reward:

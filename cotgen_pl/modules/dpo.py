@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cotgen_pl.checkpoints import hash_weights
+from cotgen_pl.footprint import PlannedPolicy
 from cotgen_pl.interfaces import (
     Policy,
     PreferencePair,
     Reward,
     check_choice,
-    check_positive,
 )
 from cotgen_pl.losses import (
     PreferenceVariant,
@@ -28,14 +28,16 @@ from cotgen_pl.losses import (
     token_statistics,
 )
 from cotgen_pl.metrics import merge_metrics
+from cotgen_pl.modules.micro_batches import MicroBatchModule, MicroBatchSize
 from cotgen_pl.modules.offline import OfflineModule
 from cotgen_pl.pair_sets import PairSet, load_reference, save_reference, tokens_hash
+from cotgen_pl.planning import PlannedWork, dpo_work
 from cotgen_pl.sampling import LogprobMode, forced_logits
 
 ReferenceLogps = Literal["stored", "live"]
 
 
-class DPOModule(OfflineModule):
+class DPOModule(MicroBatchModule, OfflineModule):
     """Direct preference optimisation (arXiv 2305.18290) on image tokens.
 
     Pairs come from `PairData`: of a finished pair set, or of those that `IterativeRounds` draws
@@ -61,9 +63,12 @@ class DPOModule(OfflineModule):
         reference_logps: Read the reference once and keep what it says beside the pairs, or keep a
             frozen copy of it and read that in every step.
         micro_batch_size: Pairs of an update whose activations are kept at a time, on each process;
-            absent keeps all. Same gradient and less memory, for one more forward pass of all pairs
-            but the last micro-batch's.
+            absent keeps all, `auto` as many as the device's memory is planned to hold. Same
+            gradient and less memory, for one more forward pass of all pairs but the last
+            micro-batch's.
     """
+
+    images_each = 2
 
     def __init__(
         self,
@@ -82,7 +87,7 @@ class DPOModule(OfflineModule):
         likelihood_coef: float = 0.0,
         logprobs: LogprobMode = "guided",
         reference_logps: ReferenceLogps = "stored",
-        micro_batch_size: int | None = None,
+        micro_batch_size: MicroBatchSize = None,
     ) -> None:
         super().__init__(
             policy,
@@ -97,9 +102,8 @@ class DPOModule(OfflineModule):
         )
         check_choice("logprobs", logprobs, LogprobMode)
         check_choice("reference_logps", reference_logps, ReferenceLogps)
-        check_positive(micro_batch_size=micro_batch_size)
+        self.take_micro_batch_size(micro_batch_size)
         self.logprobs, self.reference_logps = logprobs, reference_logps
-        self.micro_batch_size = micro_batch_size
         self.loss_settings: dict[str, Any] = {
             "beta": beta,
             "variant": variant,
@@ -121,6 +125,14 @@ class DPOModule(OfflineModule):
     def compares(self) -> bool:
         """Always: stored log-probs are a reference's, too."""
         return True
+
+    def planned_work(
+        self, policy: PlannedPolicy, processes: int, **around: Any
+    ) -> PlannedWork | None:
+        """What an update asks of each process, see `dpo_work`; None without pairs."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        pairs = getattr(data, "pairs_per_update", None)
+        return dpo_work(policy, self, pairs, processes, **around) if pairs else None
 
     # One step -----------------------------------------------------------------------------------
 

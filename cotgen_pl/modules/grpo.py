@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from cotgen_pl.footprint import PlannedPolicy
 from cotgen_pl.interfaces import (
     Policy,
     Prompt,
@@ -20,7 +21,6 @@ from cotgen_pl.interfaces import (
     check_positive,
     check_scores,
     check_share,
-    freeze,
 )
 from cotgen_pl.losses import (
     AdvantageScale,
@@ -36,7 +36,8 @@ from cotgen_pl.losses import (
     token_statistics,
 )
 from cotgen_pl.metrics import merge_metrics, parity_metrics, peak_memory_gb, reward_metrics
-from cotgen_pl.modules.base import PolicyModule
+from cotgen_pl.modules.micro_batches import MicroBatchModule, MicroBatchSize
+from cotgen_pl.planning import PlannedWork, grpo_work
 from cotgen_pl.sampling import LogprobMode, forced_logits
 from cotgen_pl.scoring import ask
 
@@ -44,7 +45,7 @@ DeadGroups = Literal["keep", "mask", "resample"]
 MAX_REDRAWS = 4  # of a group without signal under `resample`; DAPO's own bound is a setting
 
 
-class GRPOModule(PolicyModule):
+class GRPOModule(MicroBatchModule):
     """Group relative policy optimisation (arXiv 2402.03300) on image tokens.
 
     One training step: roll out, score, compare within groups, then `updates_per_rollout` optimizer
@@ -65,7 +66,7 @@ class GRPOModule(PolicyModule):
         group_size: Images per prompt. The study (arXiv 2505.17017) has 4 by secondary accounts,
             T2I-R1 has 8.
         micro_batch_size: Images per forward and backward pass in updates; absent means a process's
-            whole rollout.
+            whole rollout, `auto` as many as the device's memory is planned to hold.
         updates_per_rollout: Optimizer steps on each rollout; above 1, old log-probs are replayed
             before the first.
         logprobs: Which distribution's log-probs are trained; see
@@ -105,7 +106,7 @@ class GRPOModule(PolicyModule):
         images_budget: int = 16_384,
         images_per_update: int = 128,
         group_size: int = 4,
-        micro_batch_size: int | None = None,
+        micro_batch_size: MicroBatchSize = None,
         updates_per_rollout: int = 1,
         logprobs: LogprobMode = "guided",
         kl_coef: float = 0.01,
@@ -125,17 +126,16 @@ class GRPOModule(PolicyModule):
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler, guidance, temperature, seed)
         self.automatic_optimization = False
-        _check_sizes(
-            images_budget, images_per_update, group_size, micro_batch_size, updates_per_rollout
-        )
+        _check_sizes(images_budget, images_per_update, group_size, updates_per_rollout)
+        self.take_micro_batch_size(micro_batch_size)
         check_choice("dead_groups", dead_groups, DeadGroups)
         check_choice("logprobs", logprobs, LogprobMode)
         _check_weights(kl_penalty, gradient_clip)
         check_share(most_missing=most_missing)
         self.reward = reward
         self.images_budget, self.images_per_update = images_budget, images_per_update
-        self.group_size, self.micro_batch_size = group_size, micro_batch_size
-        self.updates_per_rollout, self.logprobs = updates_per_rollout, logprobs
+        self.group_size, self.logprobs = group_size, logprobs
+        self.updates_per_rollout = updates_per_rollout
         self.kl_coef, self.kl_penalty = kl_coef, kl_penalty
         self.entropy_coef, self.gradient_clip = entropy_coef, gradient_clip
         self.advantage_scale, self.combine_rewards = advantage_scale, combine_rewards
@@ -165,10 +165,9 @@ class GRPOModule(PolicyModule):
         """Rollouts until the budget is reached, if none is redrawn."""
         return -(-self.images_budget // self.images_per_update)
 
-    def configure_model(self) -> None:
-        """Read the weights of reward and policy."""
-        freeze(self.reward.load())  # first: what cannot be found is found out before the long wait
-        super().configure_model()
+    def planned_work(self, policy: PlannedPolicy, processes: int, **around: Any) -> PlannedWork:
+        """What a step asks of each process; see `grpo_work`."""
+        return grpo_work(policy, self, processes, **around)
 
     @property
     def needs_reference(self) -> bool:
@@ -372,9 +371,7 @@ class GRPOModule(PolicyModule):
         self.log("images/s", speed, prog_bar=True, logger=False)
 
 
-def _check_sizes(
-    budget: int, per_update: int, group_size: int, micro_batch_size: int | None, updates: int
-) -> None:
+def _check_sizes(budget: int, per_update: int, group_size: int, updates: int) -> None:
     if group_size < 2:
         raise ValueError(
             f"expected group_size of 2 or more, got {group_size}; one image has no group to beat"
@@ -389,7 +386,7 @@ def _check_sizes(
             f"expected images_budget of at least images_per_update ({per_update}), got {budget}; "
             "raise the budget"
         )
-    check_positive(micro_batch_size=micro_batch_size, updates_per_rollout=updates)
+    check_positive(updates_per_rollout=updates)
 
 
 def _check_weights(kl_penalty: float, gradient_clip: float | None) -> None:

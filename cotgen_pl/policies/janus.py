@@ -31,20 +31,16 @@ from cotgen_pl.checkpoints import (
     token_id,
 )
 from cotgen_pl.interfaces import Policy, freeze
+from cotgen_pl.understanding import answer_questions
 
 BEGIN_OF_IMAGE = "<begin_of_image>"
 PAD = "<｜▁pad▁｜>"  # by name: the originals' tokenizer_config.json leaves pad_token empty
 PIXELS_PER_DECODE = 4_000_000  # about 27 pictures of 384 px at a time: bounds the decoder's memory
 EXAMPLE = "deepseek-community/Janus-Pro-1B"
-NOT_QUANTIZED = [
-    "model.vision_model",
-    "model.aligner",
-    "model.vqmodel",
-    "model.generation_embeddings",
-    "model.generation_aligner",
-    "model.generation_head",
-    "lm_head",
-]
+IMAGE_PARTS = (
+    "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head"
+)
+NOT_QUANTIZED = [*(f"model.{part}" for part in IMAGE_PARTS.split()), "lm_head"]
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
@@ -146,11 +142,8 @@ class JanusPolicy(Policy):
         inner = self.janus.model
         language = [inner.language_model.layers, inner.language_model.norm]
         generation = [inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
-        parts = {
-            "language_model": language,
-            "generation": generation,
-            "both": language + generation,
-        }
+        both = language + generation
+        parts = {"language_model": language, "generation": generation, "both": both}
         if not self.lora:
             for part in parts[self.trains]:
                 part.requires_grad_(True)
@@ -361,6 +354,14 @@ class JanusPolicy(Policy):
     def prepare(self, pictures: Sequence[Any]) -> Tensor:
         """Resize and pad as the checkpoint's own processor does; see `Policy.prepare`."""
         return prepare_pictures(self.processor.image_processor, pictures)
+
+    def answer(
+        self, pictures: Sequence[Any], questions: Sequence[str], max_tokens: int
+    ) -> list[str]:
+        """The picture first, then the question, as Janus was trained; see `Policy.answer`."""
+        image, form = self.processor.image_token, TEMPLATES[self.template]
+        texts = [form.format(prompt=f"{image}\n{question.strip()}") for question in questions]
+        return answer_questions(self.janus, self.processor, pictures, texts, max_tokens)
 
     def reference(self) -> Policy:
         """A frozen twin that shares what is frozen already; under LoRA, see `AdaptersThen`."""

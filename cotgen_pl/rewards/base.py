@@ -106,6 +106,8 @@ class ModelReward(Reward):
                 f"{len(prompts)} prompts, got {list(images.shape)}; pass one picture per prompt"
             )
         images, place = as_rgb(images).float(), torch.device(self.device or images.device)
+        if place == torch.device(images.device.type):  # `cuda` is the first one in a new thread
+            place = images.device
         network.to(place)
         try:
             batches = self._score_batches(images, prompts, place)

@@ -170,12 +170,18 @@ class InstanceDetector(nn.Module):
                     "this machine"
                 )
 
-    def forward(self, images: Tensor, least: float) -> list[list[Instance]]:
-        """The objects in each picture [B, 3, H, W] in [0, 1] with a score above `least`."""
+    def forward(self, images: Tensor, least: float) -> list[list[Instance] | None]:
+        """The objects in each picture [B, 3, H, W] in [0, 1] with a score above `least`.
+
+        None for a picture of which the network gave no numbers.
+        """
         height, width = images.shape[-2:]
         sizes = plan_size(height, width)
         output: Any = self.model(pixel_values=fit_pictures(images, sizes))
         pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
         return [
-            find_instances(classes, masks, sizes, self.names, least) for classes, masks in pairs
+            None
+            if classes.isnan().any() or masks.isnan().any()
+            else find_instances(classes, masks, sizes, self.names, least)
+            for classes, masks in pairs
         ]

@@ -104,7 +104,7 @@ class Ensemble(Reward):
         """
         places: dict[str, list[str]] = {}
         for name, reward in self.rewards.items():
-            place = reward.device or str(images.device)
+            place = _place(reward.device, images.device)
             places.setdefault(f"{place} {name}" if place == "remote" else place, []).append(name)
 
         def ask_some(names: list[str]) -> dict[str, Scores]:
@@ -121,6 +121,17 @@ class Ensemble(Reward):
 
     def _term(self, values: Tensor) -> Tensor:
         return standardise_scores(values) if self.standardise else values
+
+
+def _place(device: str | None, pictures: torch.device) -> str:
+    """Where a reward scores, by the one name that each place has; `cuda` is not yet one.
+
+    >>> _place("cuda", torch.device("cuda:1")), _place(None, torch.device("cpu"))
+    ('cuda:1', 'cpu')
+    """
+    if device is None or (device == "cuda" and pictures.type == "cuda"):
+        return str(pictures)
+    return f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
 
 def _check_names(rewards: dict[str, Reward], weights: dict[str, float]) -> None:

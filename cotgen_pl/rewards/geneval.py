@@ -10,6 +10,8 @@ differs from the original:
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotgen_pl.interfaces import Prompt, Scores, check_choice
-from cotgen_pl.pixels import round_to_bytes
+from cotgen_pl.pixels import STEPS, round_to_bytes
 from cotgen_pl.rewards.base import Kept, ModelReward
 from cotgen_pl.rewards.detectors import Instance, InstanceDetector
 from cotgen_pl.rewards.open_clip_models import (
@@ -32,7 +34,10 @@ from cotgen_pl.rewards.perception import find_converted
 from cotgen_pl.rules.geneval import THRESHOLD, Found, graded_reward, judge, keep_sure
 from cotgen_pl.weights import find_weights
 
-Score = Literal["strict", "graded", "exact"]
+Part = Literal["strict", "graded", "exact"]
+Sanity = Literal["stop", "warn", "off"]
+PARTS = ("strict", "graded", "exact")
+MOST_EQUAL = 256  # pictures in a row with one and the same score, before that is told
 COLORS = (
     "red",
     "orange",
@@ -90,22 +95,52 @@ class ColorClassifier(nn.Module):
         return F.normalize(torch.stack(rows), dim=-1)
 
 
+class EqualScores:
+    """Tells, once, that many pictures in a row had one and the same score.
+
+    A detector whose kernels are broken gives all pictures 0 in silence.
+    """
+
+    def __init__(self) -> None:
+        self.value, self.number, self.told = math.nan, 0, False
+
+    def watch(self, scores: Tensor, name: str) -> None:
+        """Look at the scores [B] of further pictures; those without verdict do not count."""
+        for score in scores[~scores.isnan()].tolist():
+            self.number = self.number + 1 if score == self.value else 1
+            self.value = score
+        if self.number >= MOST_EQUAL and not self.told:
+            self.told = True
+            warnings.warn(
+                f"reward {name}: the last {self.number} pictures all scored {self.value:g}; look "
+                "at some of them, and name a sanity_picture to see whether the detector works",
+                stacklevel=2,
+            )
+
+
 class GenEvalReward(ModelReward):
     """GenEval's verdict on pictures of its prompts.
 
     Parts: `strict`, 1 where the benchmark calls the picture right, else 0; `graded`, flow_grpo's
     mean over terms, 1 at best and below 0 far above the asked number; `exact`, 1 where counts are
     equal as well, not only reached. Prompts want the facts of GenEval's metadata and its tag as
-    category. Details: the clauses that failed, objects with scores and boxes, and colors read.
+    category. Details: the clauses that failed, objects with scores and boxes, and colors read. A
+    picture for which the detector gives NaN has no verdict. Scores that stay the same for 256
+    pictures are warned of.
 
     Args:
         path: The folder that `tools/convert.py mask2former` wrote.
         names: GenEval's object_names.txt, the detector's 80 labels in their order.
         clip: OpenAI's ViT-L/14 in open_clip's format: a file, a folder that holds one, or a hub
             repository, "owner/name".
-        score: Which part is the total: `strict` for the benchmark, `graded` for training.
+        total: Which part is the total: `strict` for the benchmark, `graded` for training.
         reference_faults: Give the graded score the second term that flow_grpo's server adds where
             a position is wrong.
+        sanity: What to do where `sanity_picture` does not show the detector a `sanity_class`: stop,
+            warn, or do not look. Whatever is chosen, a detector whose answers are not finite, or
+            equal for two different pictures, stops. Without a picture nothing is looked at.
+        sanity_picture: A picture file of yours that shows such an object.
+        sanity_class: Its name, one of `names`.
         name: Under which it is logged.
         **residence: See `ModelReward`: batch_size, device, dtype, offload.
     """
@@ -117,18 +152,25 @@ class GenEvalReward(ModelReward):
         path: str,
         names: str = "data/geneval/object_names.txt",
         clip: str = "timm/vit_large_patch14_clip_224.openai",
-        score: Score = "strict",
+        total: Part = "strict",
         reference_faults: bool = False,
+        sanity: Sanity = "warn",
+        sanity_picture: str | None = None,
+        sanity_class: str | None = None,
         name: str = "geneval",
         **residence: Any,
     ) -> None:
         super().__init__(name, **residence)
-        check_choice("score", score, Score)
-        self.path, self.clip, self.score_part = path, clip, score
+        check_choice("total", total, Part)
+        check_choice("sanity", sanity, Sanity)
+        self.path, self.clip, self.total = path, clip, total
         self.reference_faults = reference_faults
         self.labels = read_names(Path(names).expanduser())
         self.folder = find_converted(path, "mask2former", "mask2former")
         find_weights(clip, OPEN_CLIP_FILES, "GenEval CLIP")
+        self.sanity, self.sanity_picture, self.sanity_class = sanity, sanity_picture, sanity_class
+        check_sanity(sanity, sanity_picture, sanity_class, self.labels)
+        self._equal = EqualScores()
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Raise a ValueError for a class or color that is never found."""
@@ -150,10 +192,29 @@ class GenEvalReward(ModelReward):
         """Read detector and CLIP, and see that the detector works."""
         detector = InstanceDetector.read(self.folder, self.labels)
         detector.check()
+        self._check_sanity(detector)
         clip = read_open_clip(
             find_open_clip(self.clip, "GenEval CLIP"), "ViT-L-14-quickgelu", quick_gelu=True
         )
         return nn.ModuleDict({"detector": detector, "classifier": ColorClassifier(clip)})
+
+    @torch.no_grad()
+    def _check_sanity(self, detector: InstanceDetector) -> None:
+        """Stop or warn where the detector does not find what the user says is there."""
+        if self.sanity == "off" or self.sanity_picture is None:
+            return
+        [found] = detector.eval()(read_picture(self.sanity_picture), least=THRESHOLD)
+        labels = sorted({item.label for item in found or ()})
+        if self.sanity_class in labels:
+            return
+        message = (
+            f"reward {self.name}: expected the detector to find a {self.sanity_class} in "
+            f"{self.sanity_picture}, got {labels or 'nothing'}; convert its weights again, and see "
+            "that torch computes rightly on this machine"
+        )
+        if self.sanity == "stop":
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
 
     def score_batch(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Find objects in all pictures, then judge one after another."""
@@ -164,15 +225,20 @@ class GenEvalReward(ModelReward):
             for image, items, prompt in zip(images, found, prompts, strict=True)
         ]
         parts = {
-            part: torch.tensor([verdict[part] for verdict, _ in verdicts], device=images.device)
-            for part in ("strict", "graded", "exact")
+            part: torch.tensor([verdict[part] for verdict, _ in verdicts], dtype=torch.float32)
+            for part in PARTS
         }
-        weights = {part: float(part == self.score_part) for part in parts}
-        return Scores(parts[self.score_part], parts, weights, [details for _, details in verdicts])
+        parts = {part: values.to(images.device) for part, values in parts.items()}
+        self._equal.watch(parts[self.total], self.name)
+        weights = {part: float(part == self.total) for part in parts}
+        return Scores(parts[self.total], parts, weights, [details for _, details in verdicts])
 
     def _judge(
-        self, image: Tensor, found: Sequence[Instance], prompt: Prompt
+        self, image: Tensor, found: Sequence[Instance] | None, prompt: Prompt
     ) -> tuple[dict[str, float], dict[str, Any]]:
+        if found is None:
+            failure = "the detector's answers are NaN; try dtype: float32"
+            return dict.fromkeys(PARTS, math.nan), {"failure": failure}
         sure = keep_sure(found, prompt.category)
         colors: dict[int, str] = {}  # by identity: each object is read once
 
@@ -204,3 +270,33 @@ def read_names(file: Path) -> list[str]:
             "tools/fetch.py geneval_prompts`, or set names to where it lies"
         )
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def check_sanity(
+    sanity: Sanity, picture: str | None, label: str | None, labels: Sequence[str]
+) -> None:
+    """Raise a ValueError for a check of the detector that cannot be made."""
+    if sanity == "stop" and picture is None:
+        raise ValueError(
+            "expected a sanity_picture beside sanity: stop, got none; name a picture file and, "
+            "under sanity_class, what it shows"
+        )
+    if (picture is None) != (label is None) or (label is not None and label not in labels):
+        raise ValueError(
+            f"expected sanity_picture with a sanity_class out of the {len(labels)} names of the "
+            f"detector, got {picture!r} with {label!r}; name both or neither"
+        )
+    if picture is not None and not Path(picture).expanduser().is_file():
+        raise ValueError(f"expected a picture at {picture}, got no file; correct sanity_picture")
+
+
+def read_picture(file: str) -> Tensor:
+    """A picture file as [1, 3, H, W] in [0, 1]."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(Path(file).expanduser()).convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{file}: expected a picture, got {error}; name another file") from error
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2) / STEPS

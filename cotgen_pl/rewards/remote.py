@@ -16,7 +16,6 @@ import math
 import os
 import random
 import re
-import reprlib
 import socket
 import threading
 import time
@@ -40,6 +39,7 @@ CONNECTIONS = {"http": http.client.HTTPConnection, "https": http.client.HTTPSCon
 LARGEST_REPLY = 2**22  # bytes; an answer of 1,000 tokens with their alternatives has 2 MB
 LONGEST_WAIT_S = 60.0  # before asking again; a server that wants more rest is not there
 NUM_ALTERNATIVES = 20  # first words with their probabilities; OpenAI's own limit, vLLM's default
+LONGEST_REASON = 500  # characters of why there is no verdict; a reply may be quoted in it
 LEAST_YES_OR_NO = 0.1  # a judge that begins in another way nine times of ten is not answering
 
 
@@ -119,9 +119,7 @@ class Server:
         told = f"HTTP {status} {http.client.responses.get(status, '')}"
         if 300 <= status < 400:
             place = self._quote(headers.get("Location", "").encode())
-            return NoVerdictError(
-                f"{told} to {place}, which is not followed; set url to where it leads"
-            )
+            return NoVerdictError(f"{told} to {place}, not followed; set url to where it leads")
         told = f"{told}: {self._quote(reply)}"
         if status not in (408, 429) and status < 500:  # the request's own fault
             return NoVerdictError(told)
@@ -132,8 +130,12 @@ class Server:
         return PassingError(told, wait_s)
 
     def _quote(self, reply: bytes) -> str:
-        text, key = reply[:2000].decode(errors="replace"), self._read_key()
-        return repr((text.replace(key, "...") if key else text)[:200])
+        return repr(self.hide_key(reply[:2000].decode(errors="replace"))[:200])
+
+    def hide_key(self, text: str) -> str:
+        """The beginning of a text that may quote a reply, without the API key."""
+        key = self._read_key()  # hidden first: the half of one would not be found
+        return (text.replace(key, "...") if key else text)[:LONGEST_REASON]
 
 
 class RemoteReward(Reward):
@@ -198,8 +200,7 @@ class RemoteReward(Reward):
         self.concurrency, self.retries, self.backoff_s = concurrency, retries, backoff_s
         self._server = Server(url, timeout_s, api_key_variable)
         self._jitter = random.Random()  # its own: no other random state moves
-        self._failures_in_row = 0
-        self._found = False
+        self._failures_in_row, self._found = 0, False
 
     def load(self) -> Self:
         """See that the server is there and serves the model; a second call does nothing."""
@@ -208,7 +209,7 @@ class RemoteReward(Reward):
             if self.model not in served:
                 raise ValueError(
                     f"reward {self.name}: expected {self.url} to serve the model {self.model}, got "
-                    f"{reprlib.repr(served)}; set model to one of these, or serve it"
+                    f"{served[:9]}; set model to one of these, or serve it"
                 )
             self._found = True
         return self
@@ -245,11 +246,11 @@ class RemoteReward(Reward):
             try:
                 return self._read(self._server.exchange("POST", "/chat/completions", content))
             except PassingError as error:
-                failure = str(error)
+                failure = self._server.hide_key(str(error))
                 wait_s = max(pause_s * self._jitter.uniform(0.5, 1.5), error.wait_s)
                 pause_s = min(2 * pause_s, LONGEST_WAIT_S)
             except NoVerdictError as error:
-                return math.nan, {"failure": str(error)}
+                return math.nan, {"failure": self._server.hide_key(str(error))}
         return math.nan, {"failure": failure}
 
     def _write_request(self, picture: Image.Image, text: str) -> dict[str, Any]:
@@ -290,32 +291,29 @@ class RemoteReward(Reward):
         except (NoVerdictError, KeyError, TypeError) as error:
             raise ValueError(
                 f"reward {self.name}: expected an OpenAI-compatible server at {self.url}, got "
-                f"{error!r}; start it (`vllm serve {self.model}`), set url to it, ending in /v1"
+                f"{self._server.hide_key(repr(error))}; start it (`vllm serve {self.model}`), set "
+                "url to it, ending in /v1"
             ) from error
 
 
 def read_number(reply: Any, pattern: re.Pattern[str], lowest: float, highest: float) -> Verdict:
     """The number in a chat completion's answer; a NoVerdictError where there is none.
 
-    Args:
-        reply: The chat completion, as read from its JSON.
-        pattern: Its first group is the number, its first match counts.
-        lowest: Of the scale; a number outside of it is none.
-        highest: The same.
+    The pattern's first match counts; a number that is not from lowest to highest is none.
     """
     choice = _first_choice(reply)
     answer = choice["message"].get("content")
     if not isinstance(answer, str):
-        raise NoVerdictError(f"an answer without text: {reprlib.repr(choice['message'])}")
+        raise NoVerdictError(f"an answer without text: {choice['message']}")
     found = pattern.search(answer)
     if found and choice.get("finish_reason") == "length" and found.end() == len(answer):
-        raise NoVerdictError(f"an answer cut off at max_tokens, in its number: {answer[-200:]!r}")
+        raise NoVerdictError(f"an answer cut off at max_tokens, in its number: {found[0]!r}")
     number = math.nan
     with suppress(TypeError, ValueError):  # None where the group is optional, or no number
         number = float(found[1]) if found else math.nan
     if not lowest <= number <= highest:
-        wanted = f"{pattern.pattern!r} from {lowest} to {highest}"
-        raise NoVerdictError(f"an answer without {wanted}: {answer[:200]!r}")
+        scale = f"{pattern.pattern!r} from {lowest} to {highest}"
+        raise NoVerdictError(f"an answer without {scale}: {answer!r}")
     return number, {"answer": answer}
 
 
@@ -329,8 +327,7 @@ def read_yes_probability(reply: Any) -> Verdict:
         tokens = choice["logprobs"]["content"][0]["top_logprobs"]
         words = [(t["token"].strip().lower(), math.exp(min(t["logprob"], 0.0))) for t in tokens]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        told = f"no top_logprobs of a first token in {reprlib.repr(choice)}; set reading to number"
-        raise NoVerdictError(told) from error
+        raise NoVerdictError(f"no top_logprobs; set reading to number; got {choice}") from error
     shares = {word: sum(p for found, p in words if found == word) for word in ("yes", "no")}
     both = shares["yes"] + shares["no"]
     if not both >= LEAST_YES_OR_NO:  # nor where it is NaN
@@ -343,27 +340,30 @@ def _first_choice(reply: Any) -> dict[str, Any]:
         choice = reply["choices"][0]
         if isinstance(choice["message"], dict):
             return choice
-    raise PassingError(f"a reply that is no chat completion: {reprlib.repr(reply)}")
+    raise PassingError(f"a reply that is no chat completion: {reply}")
 
 
 @contextmanager
 def _cut_after(connection: socket.socket, seconds: float) -> Iterator[None]:
-    """End a connection that is still in use by then.
+    """End a connection that is still in use by then, with a TimeoutError.
 
     A socket's own timeout begins anew with each byte, so a trickle would hold it forever.
     """
 
     def cut() -> None:
+        is_cut.set()
         with suppress(OSError):  # ended already
             socket.socket.shutdown(connection, socket.SHUT_RDWR)  # beneath TLS, which would wait
 
-    watch = threading.Timer(seconds, cut)
+    is_cut, watch = threading.Event(), threading.Timer(seconds, cut)
     watch.daemon = True
     watch.start()
     try:
         yield
     finally:
         watch.cancel()
+    if is_cut.is_set():  # reading the half of an answer raises nothing by itself
+        raise TimeoutError
 
 
 def _split_url(url: str) -> tuple[str, str, int, str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cotgen_pl.rules.position import Box, overlap
+from cotgen_pl.rules.position import Box, overlap, score_position
 
 PEOPLE = {"girl": "person", "boy": "person", "man": "person", "woman": "person"}
 # In the order in which they are looked for.
@@ -29,10 +29,13 @@ RELATIONS_2D = (
     "on top of",
 )
 RELATIONS_3D = ("in front of", "behind", "hidden by")
+RULELESS = "on top of"  # always 0 there
 # Nouns of the spatial prompts that are none of UniDet's labels, so that its score is 0.
 UNKNOWN_TO_UNIDET = frozenset(
     ("mouse", "sofa", "table", "wallet", "bag", "painting", "cow", "phone", "computer")
 )
+# Of the 3D prompts, whose nouns may be a part of a label.
+UNKNOWN_IN_DEPTH = frozenset(("wallet", "painting"))
 OBJECT_SHARE, RELATION_SHARE = 0.25, 0.5
 LEAST_SPATIAL_SCORE = 0.5  # below it, a 2D score is 0
 MOST_DEPTH_OVERLAP = 0.5
@@ -47,9 +50,28 @@ NUMBER_WORDS = {
 # Names in numeracy prompts, and the detector's.
 NUMERACY_ALIASES = PEOPLE | {"ship": "boat", "goldfish": "fish", "painting": "picture"}
 
+# Noun chunks that are no things, and how many others are asked about.
+BARE_PHRASES = frozenset(("top", "the side", "the left", "the right"))
+MOST_PHRASES = 8
+# What complex prompts are searched for, in this order, and the relation that it means.
+COMPLEX_RELATIONS = {
+    "on top of": "on top of",
+    "on bottom of": "on the bottom of",
+    "on the left": "on the left of",
+    "on the right": "on the right of",
+    "next to": "next to",
+    "on side of": "on side of",
+    "near": "near",
+}
+DETECTOR_SHORT_SIDE, DETECTOR_LONG_SIDE = 479, 480  # pixels of the picture that boxes lie on
+
 _PHRASE = r"(?:an? )?[^\s,.]+ [^\s,.]+(?: [^\s,.]+)?"
 _TWO_PHRASES = re.compile(f"({_PHRASE}) and ({_PHRASE})")
 _RELATION = re.compile(rf"an? (\S+) (?:is )?({'|'.join(RELATIONS_2D + RELATIONS_3D)}) an? (\S+)")
+
+
+Word = tuple[str, str]
+"""A token and its part of speech in spaCy's terms, like ("cup", "NOUN")."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,97 @@ def parse_relation(text: str) -> Relation | None:
         return None
     first, relation, second = match.groups()
     return Relation(PEOPLE.get(first, first), relation, PEOPLE.get(second, second))
+
+
+def select_phrases(chunks: Sequence[str]) -> list[str]:
+    """The noun chunks that are asked about: eight at most, but for those that only say where.
+
+    >>> select_phrases(["a cup", "top", "a table"])
+    ['a cup', 'a table']
+    """
+    return [chunk for chunk in chunks if chunk not in BARE_PHRASES][:MOST_PHRASES]
+
+
+def without_adjectives(words: Sequence[Word]) -> str:
+    """What CLIP reads of a complex prompt.
+
+    >>> without_adjectives([("a", "DET"), ("red", "ADJ"), ("cup", "NOUN"), (".", "PUNCT")])
+    'a cup .'
+    """
+    return " ".join(text for text, kind in words if kind != "ADJ")
+
+
+def parse_complex_relation(words: Sequence[Word]) -> Relation | None:
+    """What a complex prompt says about positions: a noun, a preposition of the list, a noun.
+
+    Before the preposition it is the nearest noun or name; behind it the first noun, or without any
+    the last word of the first name. None unless there are both; the score is 0 then.
+
+    >>> words = [("A", "DET"), ("cat", "NOUN"), ("is", "AUX"), ("near", "ADP"), ("men", "NOUN")]
+    >>> parse_complex_relation(words)
+    Relation(first='cat', relation='near', second='men')
+    """
+    lower = [text.lower() for text, _ in words]
+    for preposition, relation in COMPLEX_RELATIONS.items():
+        parts = preposition.split()
+        for start in range(len(lower) - len(parts) + 1):
+            if lower[start : start + len(parts)] == parts:
+                first = _last_noun(words[:start])
+                second = _first_noun(words[start + len(parts) :])
+                if first is None or second is None:
+                    return None
+                return Relation(PEOPLE.get(first, first), relation, PEOPLE.get(second, second))
+    return None
+
+
+def _last_noun(words: Sequence[Word]) -> str | None:
+    nouns = [text.lower() for text, kind in words if kind in ("NOUN", "PROPN")]
+    return nouns[-1] if nouns else None
+
+
+def _first_noun(words: Sequence[Word]) -> str | None:
+    for text, kind in words:
+        if kind == "NOUN":
+            return text.lower()
+    name = None
+    for text, kind in words:
+        if kind == "PROPN":
+            name = text.lower()
+        elif name is not None:
+            break
+    return name
+
+
+def detector_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of a picture on its way into UniDet, in whose pixels distances are judged.
+
+    torchvision's `Resize(size=479, max_size=480)`.
+
+    >>> detector_size(384, 384), detector_size(480, 640)
+    ((479, 479), (360, 480))
+    """
+    shorter, longer = min(height, width), max(height, width)
+    new_short, new_long = DETECTOR_SHORT_SIDE, int(DETECTOR_SHORT_SIDE * longer / shorter)
+    if new_long > DETECTOR_LONG_SIDE:
+        new_short = int(DETECTOR_LONG_SIDE * new_short / new_long)
+        new_long = DETECTOR_LONG_SIDE
+    return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+def score_relation_2d(
+    relation: str, first: Box, second: Box, *, reference_faults: bool = False
+) -> float:
+    """How well "first `relation` second" holds in the plane, 0 to 1.
+
+    Args:
+        relation: One out of `RELATIONS_2D`.
+        first: Box of the subject, in the pixels of `detector_size`.
+        second: Box of what it stands to.
+        reference_faults: Give "on top of" 0, for which the published code has no rule.
+    """
+    if reference_faults and relation == RULELESS:
+        return 0.0
+    return score_position(relation, first, second)
 
 
 def spatial_score(

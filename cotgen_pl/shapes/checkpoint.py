@@ -143,7 +143,12 @@ def build_config(tokenizer: Any, **sizes: Any) -> Any:
 
 
 def build_janus(tokenizer: Any, seed: int = 0, **sizes: Any) -> Any:
-    """A randomly initialised `JanusForConditionalGeneration`; `sizes` as in `build_config`.
+    """A randomly initialised `JanusForConditionalGeneration`; `sizes` as in `build_config`."""
+    return initialise_janus(build_config(tokenizer, **sizes), tokenizer, seed)
+
+
+def initialise_janus(config: Any, tokenizer: Any, seed: int = 0) -> Any:
+    """A `JanusForConditionalGeneration` with random weights that react to what is read.
 
     The 8-wide code embedding starts at unit length and the two small MLPs around it at their
     layers' own scale: at 0.02 the tokens already drawn would hardly reach the language model. Words
@@ -153,7 +158,7 @@ def build_janus(tokenizer: Any, seed: int = 0, **sizes: Any) -> Any:
     from transformers import GenerationConfig, JanusForConditionalGeneration
 
     torch.manual_seed(seed)
-    model = JanusForConditionalGeneration(build_config(tokenizer, **sizes))
+    model = JanusForConditionalGeneration(config)
     nn.init.normal_(model.model.generation_embeddings.weight, std=8**-0.5)
     nn.init.normal_(model.model.language_model.embed_tokens.weight)
     for part in (model.model.generation_aligner, model.model.generation_head, model.model.vqmodel):
@@ -177,9 +182,15 @@ def build_janus(tokenizer: Any, seed: int = 0, **sizes: Any) -> Any:
 
 def save_janus(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model, tokenizer and processor, so that transformers' Auto classes load all three."""
+    model.save_pretrained(folder)
+    save_processor(model.config, tokenizer, folder)
+
+
+def save_processor(config: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the processor and tokenizer alone."""
     from transformers import JanusImageProcessor, JanusProcessor
 
-    pixels = model.config.vision_config.image_size
+    pixels = config.vision_config.image_size
     images = JanusImageProcessor(
         size={"height": pixels, "width": pixels}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
@@ -187,7 +198,6 @@ def save_janus(model: Any, tokenizer: Any, folder: Path) -> None:
         images,
         tokenizer,
         chat_template=CHAT_TEMPLATE,
-        num_image_tokens=model.config.vision_config.num_image_tokens,
+        num_image_tokens=config.vision_config.num_image_tokens,
     )
-    model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch import Callback
 
 from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation, format_table
+from cotgen_pl.callbacks.suites import divergence, sample_prompts
 from cotgen_pl.data.prompts import PromptData, PromptFile
 from cotgen_pl.interfaces import Prompt, Reward, Scores
 from cotgen_pl.modules.sft import SFTModule
 from cotgen_pl.policies.janus import JanusPolicy
-from tests.toys import Brightness, fit, make_grpo, make_policy, make_trainer, sgd
+from tests.toys import Brightness, Fixed, fit, make_grpo, make_policy, make_trainer, sgd
 
 ROWS = [("a red circle", "color"), ("two cats", "count"), ("cats", "count"), ("blue", "color")]
 
@@ -43,6 +44,7 @@ def evaluation_of(folder, **arguments) -> SuiteEvaluation:
         Suite("moved", "shift", [file], Brightness()),
     ]
     settings = {"images_per_prompt": 2, "final_images_per_prompt": 3, "batch_size": 5}
+    settings["leaks"] = "warn"  # of `tests.toys.TEXTS`
     return SuiteEvaluation(suites, **(settings | arguments))
 
 
@@ -82,7 +84,7 @@ def disturb(module, size=0.2) -> None:
 
 
 def test_means_over_images_categories_and_suites(module, tmp_path):
-    metrics = evaluation_of(tmp_path).evaluate(module, 3)
+    metrics = evaluation_of(tmp_path).evaluate(module, thoroughly=True)
     near = brute_force(module, [text for text, _ in ROWS], 3)
     far = brute_force(module, [text for text, _ in ROWS[::-1][:3]], 3)
     color, count = near[[0, 3]].mean().item(), near[[1, 2]].mean().item()
@@ -110,7 +112,7 @@ def test_domain_mean_is_over_suites_not_over_images(module, tmp_path):
         Suite("one", "id", [write_rows(tmp_path)], Brightness()),
         Suite("two", "id", [PromptFile(str(few), "text")], Brightness()),
     ]
-    metrics = SuiteEvaluation(suites).evaluate(module, 2)
+    metrics = SuiteEvaluation(suites).evaluate(module, thoroughly=False)
     two = [metrics["val/id/one/mean"], metrics["val/id/two/mean"]]
     assert metrics["val/id/mean"] == pytest.approx(sum(two) / 2)
     assert metrics["val/id/two/other"] == metrics["val/id/two/mean"]  # prompts without a category
@@ -120,15 +122,72 @@ def test_domain_mean_is_over_suites_not_over_images(module, tmp_path):
 def test_a_missing_verdict_is_left_out_of_its_mean(module, tmp_path):
     rows = [*ROWS, ("missing", "color")]
     suite = Suite("near", "id", [write_rows(tmp_path, rows, mark=1)], Marked())
-    metrics = SuiteEvaluation([suite]).evaluate(module, 2)
+    metrics = SuiteEvaluation([suite]).evaluate(module, thoroughly=False)
     near = brute_force(module, [text for text, _ in ROWS], 2)
     assert metrics["val/id/near/color"] == pytest.approx(near[[0, 3]].mean().item(), abs=1e-6)
 
 
 def test_the_batch_size_changes_nothing(module, tmp_path):
-    one = evaluation_of(tmp_path, batch_size=1).evaluate(module, 3)
-    many = evaluation_of(tmp_path, batch_size=100).evaluate(module, 3)
+    one = evaluation_of(tmp_path, batch_size=1).evaluate(module, thoroughly=True)
+    many = evaluation_of(tmp_path, batch_size=100).evaluate(module, thoroughly=True)
     assert one == pytest.approx(many, abs=1e-6)
+
+
+# Samples ----------------------------------------------------------------------------------------
+
+
+def numbered(counts: dict[str, int]) -> list[Prompt]:
+    rows = [category for category, number in counts.items() for _ in range(number)]
+    return [Prompt(f"{c} {i}", category=c, index=i) for i, c in enumerate(rows)]
+
+
+def test_a_sample_is_balanced_and_from_all_parts_of_each_category():
+    prompts = numbered({"color": 10, "few": 2, "count": 7, "": 4})
+    sample = sample_prompts(prompts, 3)
+    assert [prompt.index for prompt in sample] == [0, 3, 6, 10, 11, 12, 14, 16, 19, 20, 21]
+    assert sample_prompts(prompts, None) == prompts
+    assert sample_prompts(prompts, 10) == prompts
+
+
+def test_a_sample_of_mixed_categories_keeps_order_and_numbers():
+    prompts = [Prompt(str(i), category="ab"[i % 2], index=i) for i in range(8)]
+    assert [prompt.index for prompt in sample_prompts(prompts, 2)] == [0, 1, 4, 5]
+
+
+def test_the_middle_of_a_run_scores_the_sample_and_its_ends_all(tiny_janus, tmp_path):
+    """Same prompts, same noise: the sample's pictures are those of the same prompts in full."""
+    module = make_grpo(tiny_janus, images_budget=24, optimizer=sgd(0.0))
+    evaluation = evaluation_of(
+        tmp_path, every_n_updates=1, prompts_per_category=1, final_images_per_prompt=2
+    )
+    rows = fit(module, tmp_path, evaluation).logger.rows
+    near = brute_force(module, [text for text, _ in ROWS], 2)
+    far = brute_force(module, [text for text, _ in ROWS[::-1][:3]], 2)
+    for step, color, count, away in ((1, [0], [1], [0]), (3, [0, 3], [1, 2], [0, 1, 2])):
+        assert rows[step]["val/id/near/color"] == pytest.approx(near[color].mean().item(), abs=1e-6)
+        assert rows[step]["val/id/near/count"] == pytest.approx(near[count].mean().item(), abs=1e-6)
+        assert rows[step]["val/ood/mean"] == pytest.approx(far[away].mean().item(), abs=1e-6)
+    assert rows[0] == {name: rows[3][name] for name in rows[0]}
+    assert rows[1]["val/id/near/color"] == rows[2]["val/id/near/color"]
+
+
+def test_a_suite_may_have_a_number_of_images_of_its_own(module, tmp_path):
+    seen = []
+
+    class Seen(Brightness):
+        def score(self, images, prompts):
+            seen.append([prompt.text for prompt in prompts].count("blue"))
+            return super().score(images, prompts)
+
+    file = write_rows(tmp_path, [("blue", "color")])
+    suites = [
+        Suite("one", "id", [file], Seen(), images_per_prompt=1, final_images_per_prompt=4),
+        Suite("two", "ood", [file], Seen()),
+    ]
+    evaluation = SuiteEvaluation(suites, images_per_prompt=2, final_images_per_prompt=3)
+    evaluation.evaluate(module, thoroughly=False)
+    evaluation.evaluate(module, thoroughly=True)
+    assert seen == [1, 2, 4, 3]
 
 
 # Divergence -------------------------------------------------------------------------------------
@@ -140,7 +199,9 @@ def test_divergence_is_exact_over_the_codebook(tiny_janus, tmp_path, guidance, t
     module.configure_model()
     module.trainer = make_trainer(tmp_path)
     evaluation = evaluation_of(tmp_path)
-    assert evaluation.evaluate(module, 1)["val/kl_to_base"] == pytest.approx(0, abs=1e-9)
+    assert evaluation.evaluate(module, thoroughly=False)["val/kl_to_base"] == pytest.approx(
+        0, abs=1e-9
+    )
     disturb(module)
     base = make_policy(tiny_janus).load()
     expected = []
@@ -155,7 +216,7 @@ def test_divergence_is_exact_over_the_codebook(tiny_janus, tmp_path, guidance, t
                 for pair in zip(now, then, strict=True)
             ]
         expected.append(sum(values) / len(values))
-    metrics = evaluation.evaluate(module, 1)
+    metrics = evaluation.evaluate(module, thoroughly=False)
     assert sum(expected) / 2 > 0.01
     assert metrics["val/kl_to_base"] == pytest.approx(sum(expected) / 2, abs=1e-6)
 
@@ -174,8 +235,7 @@ def test_divergence_is_that_of_the_whole_image_on_average(module, tmp_path):
     but the sampled mean of log-ratios has the same expectation."""
     disturb(module, 0.05)
     prompts = [Prompt("a red circle", index=index) for index in range(400)]
-    evaluation = evaluation_of(tmp_path, kl_images=400, batch_size=200)
-    divergence = evaluation._divergence(module, prompts)
+    found = divergence(module, prompts, 400, 200)
     tokens, logprobs = module.draw(prompts, 1, "evaluation")
     with module.start_weights() as base, torch.no_grad():
         texts = [prompt.text for prompt in prompts]
@@ -184,15 +244,15 @@ def test_divergence_is_that_of_the_whole_image_on_average(module, tmp_path):
     before = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     ratios = (logprobs - before).mean(1)
     error = ratios.std().item() / math.sqrt(len(ratios))
-    assert divergence == pytest.approx(ratios.mean().item(), abs=4 * error)
-    assert divergence > 4 * error
+    assert found == pytest.approx(ratios.mean().item(), abs=4 * error)
+    assert found > 4 * error
 
 
 def test_the_policy_is_itself_again_after_an_evaluation(module, tmp_path):
     disturb(module)
     before = {name: w.clone() for name, w in module.state_dict().items()}
     random_state = torch.get_rng_state()
-    evaluation_of(tmp_path).evaluate(module, 1)
+    evaluation_of(tmp_path).evaluate(module, thoroughly=False)
     assert all(torch.equal(w, before[name]) for name, w in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
 
@@ -205,11 +265,11 @@ def test_start_middle_and_end_are_scored_and_the_table_printed(tiny_janus, tmp_p
     evaluation = evaluation_of(tmp_path, every_n_updates=2)
     asked = []
     evaluate = evaluation.evaluate
-    evaluation.evaluate = lambda m, images: (
-        asked.append((m.rollouts, images)) or evaluate(m, images)
+    evaluation.evaluate = lambda m, thoroughly: (
+        asked.append((m.rollouts, thoroughly)) or evaluate(m, thoroughly=thoroughly)
     )
     trainer = fit(module, tmp_path, evaluation)
-    assert asked == [(0, 3), (2, 2), (4, 2), (5, 3)]
+    assert asked == [(0, True), (2, False), (4, False), (5, True)]
     rows = trainer.logger.rows
     assert rows[0]["val/kl_to_base"] == pytest.approx(0, abs=1e-9)
     assert rows[5]["val/kl_to_base"] > 1e-3
@@ -295,12 +355,42 @@ def test_suites_need_names_of_their_own(tmp_path):
             SuiteEvaluation(suites)
 
 
-@pytest.mark.parametrize(
-    "name", ["every_n_updates", "images_per_prompt", "final_images_per_prompt", "batch_size"]
-)
+SIZES = ["images_per_prompt", "final_images_per_prompt"]
+
+
+@pytest.mark.parametrize("name", [*SIZES, "every_n_updates", "batch_size", "prompts_per_category"])
 def test_sizes_below_one_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
         evaluation_of(tmp_path, **{name: 0})
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_suite_s_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
+        Suite("near", "id", [], **{name: 0})
+
+
+@pytest.mark.parametrize("name", ["", "a/b"])
+def test_suites_names_make_metrics_and_files(name):
+    with pytest.raises(ValueError, match="expected a suite's name without '/'"):
+        Suite(name, "id", [])
+
+
+def test_equal_scores_over_a_suite_are_told_once(module, tmp_path):
+    evaluation = SuiteEvaluation([Suite("near", "id", [write_rows(tmp_path)], Fixed([0.25]))])
+    with pytest.warns(UserWarning, match="suite near: expected scores that differ") as caught:
+        evaluation.evaluate(module, thoroughly=True)
+    assert len([w for w in caught if "scores that differ" in str(w.message)]) == 1
+
+
+def test_validate_prints_the_papers_tables_and_then_all_metrics(tiny_janus, tmp_path, capsys):
+    evaluation = evaluation_of(tmp_path)
+    make_trainer(tmp_path, evaluation).validate(make_grpo(tiny_janus), verbose=False)
+    printed = capsys.readouterr().out
+    assert evaluation.tables in printed and evaluation.tables.startswith("near, in domain, images")
+    assert printed.index("means over suites") < printed.index("id/near/color")
+    names = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
+    assert names == [f"{n}.{kind}" for n in ("far", "moved", "near") for kind in ("csv", "json")]
 
 
 def test_a_prompt_beyond_the_context_stops_a_run_before_weights_load(
@@ -325,8 +415,10 @@ def test_missing_facts_stop_a_run_before_weights_load(tiny_janus, tmp_path, monk
 
 def test_a_suite_without_a_scorer_takes_the_training_reward(module, tmp_path):
     file = write_rows(tmp_path)
-    own = SuiteEvaluation([Suite("near", "id", [file], Brightness())]).evaluate(module, 2)
-    assert SuiteEvaluation([Suite("near", "id", [file])]).evaluate(module, 2) == own
+    own = SuiteEvaluation([Suite("near", "id", [file], Brightness())]).evaluate(
+        module, thoroughly=False
+    )
+    assert SuiteEvaluation([Suite("near", "id", [file])]).evaluate(module, thoroughly=False) == own
 
 
 def test_a_module_without_a_reward_needs_one_in_the_suite(tiny_janus, tmp_path):

@@ -14,7 +14,7 @@ def callbacks(folder, interval: int) -> list:
     """One suite whose score rises with each evaluation; last and best checkpoints."""
     suite = Suite("a", "ood", [write_prompts(folder)], Rising())
     return [
-        SuiteEvaluation([suite], every_n_updates=100, kl_images=0),
+        SuiteEvaluation([suite], every_n_updates=100, kl_images=0, leaks="warn"),
         ModelCheckpoint(folder, save_last=True, every_n_train_steps=interval),
         ModelCheckpoint(
             folder,

@@ -155,7 +155,8 @@ def records_of(folder: Path) -> list[dict[str, Any]]:
 def suites(folder: Path) -> SuiteEvaluation:
     files = [write_prompts(folder)]
     named = [Suite("a", "id", files, Brightness()), Suite("b", "ood", files, Brightness())]
-    return SuiteEvaluation(named, every_n_updates=3, images_per_prompt=1, final_images_per_prompt=2)
+    numbers = {"images_per_prompt": 1, "final_images_per_prompt": 2}
+    return SuiteEvaluation(named, every_n_updates=3, **numbers, leaks="warn")
 
 
 def test_each_round_leaves_a_record(tiny_janus, tmp_path):

@@ -7,11 +7,23 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cotgen_pl.callbacks.samples import SampleGrid, draw_grid, log_picture
+from cotgen_pl.callbacks.samples import (
+    GREEN,
+    LINE,
+    MOST_BOXES,
+    RED,
+    Box,
+    SampleGrid,
+    draw_grid,
+    find_boxes,
+    log_picture,
+    read_verdict,
+)
 from cotgen_pl.data.prompts import PromptFile
-from cotgen_pl.interfaces import Prompt
+from cotgen_pl.interfaces import Prompt, Scores
 from cotgen_pl.modules.sft import SFTModule
 from cotgen_pl.policies.janus import JanusPolicy
+from cotgen_pl.rewards.shapes_oracle import ShapesOracle
 from tests.toys import (
     Brightness,
     Fixed,
@@ -166,3 +178,134 @@ def test_a_logger_with_log_image_gets_pictures():
     log_picture(taker, "samples", picture, 5)
     log_picture(other, "samples", picture, 5)
     assert taker.rows[5]["samples"] == [picture] and not other.rows
+
+
+# Verdicts and boxes -----------------------------------------------------------------------------
+
+
+CLAUSES = {"failed": ["count 0: 3", "color 1: red"], "objects": [{"shape": "circle", "row": 1}]}
+FOUND = [
+    {"label": "bench", "score": 0.9, "box": [8.0, 16.0, 40.0, 48.0], "color": "green"},
+    {"label": "bowl", "score": 0.5, "box": [0.0, 0.0, 64.0, 64.0]},
+]
+DETECTED = {
+    "phrases": {
+        "cup": {"best": 0.625, "scores": [0.625, 0.375], "boxes": [[0.0, 1, 2, 3], [4.0, 5, 6, 7]]},
+        "dog": {"best": 0.125, "scores": [], "boxes": []},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("details", "lines"),
+    [
+        (CLAUSES, [("failed: count 0: 3", RED), ("failed: color 1: red", RED)]),
+        ({"failed": [], "objects": []}, [("all clauses hold", GREEN)]),
+        ({"failure": "no answer"}, [("no verdict: no answer", RED)]),
+        (
+            {"phrases": [{"phrase": "a cup", "yes": 0.5}, {"phrase": "a dog", "yes": 0.25}]},
+            [("a cup 0.50", GREEN), ("a dog 0.25", RED)],
+        ),
+        ({"phrases": ["cup", "dog"], "yes": [1.0, 0.0]}, [("cup 1.00", GREEN), ("dog 0.00", RED)]),
+        (DETECTED, [("cup 0.62", GREEN), ("dog 0.12", RED)]),
+        (
+            {"geneval": {"failed": []}, "vqa": {"phrases": ["cup"], "yes": [1.0]}},
+            [("geneval: all clauses hold", GREEN), ("vqa: cup 1.00", GREEN)],
+        ),
+        ({"phrases": []}, []),
+        ({"chances": [0.5, 0.5]}, []),
+        ({}, []),
+    ],
+)
+def test_what_a_verdict_says(details, lines):
+    assert list(read_verdict(details)) == lines
+
+
+def test_the_exact_judges_verdict_is_read():
+    prompt = Prompt(
+        "a photo of a red circle",
+        facts={"include": [{"class": "circle", "count": 1, "color": "red"}], "exclude": []},
+    )
+    scores = ShapesOracle("geneval").score(torch.ones(1, 3, 32, 32), [prompt])
+    assert list(read_verdict(scores.details[0])) == [("failed: color 0: red", RED)]
+    assert list(find_boxes(scores.details[0])) == []
+
+
+def test_boxes_are_found_wherever_they_stand():
+    expected = [
+        Box("green bench", 0.9, (8.0, 16.0, 40.0, 48.0)),
+        Box("bowl", 0.5, (0.0, 0.0, 64.0, 64.0)),
+        Box("cup", 0.625, (0.0, 1, 2, 3)),
+        Box("cup", 0.375, (4.0, 5, 6, 7)),
+    ]
+    details = {"geneval": {"failed": [], "objects": FOUND}, "dino": DETECTED}
+    assert list(find_boxes(details)) == expected
+
+
+@pytest.mark.parametrize("size", [32, 64, 384])
+def test_boxes_are_drawn_where_they_are(size):
+    objects = [{"label": "b", "score": 0.5, "box": [0.25 * size, 0.5 * size, size, size]}]
+    plain, boxed = (
+        pixels(draw_grid(torch.ones(1, 3, size, size), [Prompt("p")], torch.zeros(1), 1, details))
+        for details in (None, [{"objects": objects}])
+    )
+    assert plain.shape == boxed.shape
+    side = size * max(1, -(-144 // size))
+    changed = (plain != boxed).any(-1)[6 : 6 + side, 6 : 6 + side]
+    assert not changed[: side // 2].any() and not changed[:, : side // 4].any()
+    assert changed[side // 2, side // 4 :].all() and changed[side // 2 :, side // 4].all()
+    assert changed[-1, side // 4 :].all() and changed[side // 2 :, -1].all()
+    assert not changed[-10:-4, -20:-4].any()  # its inside is the picture's
+    assert not (plain != boxed).any(-1)[6 + side :].any()
+
+
+def test_labels_stay_on_the_picture_and_say_what_was_found():
+    def draw(label: str, left: float) -> np.ndarray:
+        objects = [{"label": label, "score": 0.5, "box": [left, 0.0, 144.0, 144.0]}]
+        sheet = draw_grid(
+            torch.ones(1, 3, 144, 144), [Prompt("p")], torch.zeros(1), 1, [{"objects": objects}]
+        )
+        return pixels(sheet)
+
+    assert (draw("cat", 0.0) != draw("cow", 0.0)).any()
+    late = draw("a long label", 140.0)
+    assert (late[:, 6 + 144 :] == [232, 232, 232]).all()  # the sheet's margin
+    assert (late[8:18, 60:140] != 255).any()  # moved to the left
+
+
+def test_only_the_surest_boxes_are_drawn():
+    def draw(number: int) -> np.ndarray:
+        objects = [
+            {"label": "b", "score": 1 - i / 100, "box": [10.0 * i, 10.0 * i, 10.0 * i + 9, 200.0]}
+            for i in range(number)
+        ]
+        prompts = [Prompt("p")]
+        details = [{"objects": objects}]
+        return pixels(draw_grid(torch.ones(1, 3, 200, 200), prompts, torch.zeros(1), 1, details))
+
+    assert np.array_equal(draw(MOST_BOXES), draw(MOST_BOXES + 5))
+    assert not np.array_equal(draw(MOST_BOXES), draw(MOST_BOXES - 1))
+
+
+def test_a_long_verdict_is_cut_and_says_so():
+    def height(*clauses: str) -> int:
+        details = [{"failed": list(clauses)}]
+        return draw_grid(torch.ones(1, 3, 4, 4), [Prompt("p")], torch.zeros(1), 1, details).height
+
+    assert height("a") == height("a", "b") - LINE
+    assert height(*"abcdef") == height(*"abcdefghijkl")
+
+
+class Judging(Brightness):
+    def score(self, images, prompts):
+        details = [{"failed": ["all of it"]} for _ in prompts]
+        return Scores.single("judging", super().score(images, prompts).total, details)
+
+
+def test_the_rewards_details_are_on_the_grid(tiny_janus, tmp_path):
+    sheets = []
+    for reward in (Brightness(), Judging()):
+        fit(make_grpo(tiny_janus), tmp_path, grid_of(tmp_path, reward=reward))
+        sheets.append(pixels(Image.open(tmp_path / "samples/000000.png")))
+    below = [sheet[6 + 144 : 6 + 144 + 3 * LINE - 2] for sheet in sheets]  # down to the verdict
+    assert [(texts[..., 0] - texts[..., 1] > 60).any() for texts in below] == [False, True]  # red

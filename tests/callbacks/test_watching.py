@@ -92,7 +92,7 @@ def suites_of(folder, reward: Reward | None = None, **facts) -> list[Suite]:
 
 def evaluation_of(folder, reward: Reward | None = None, **arguments) -> SuiteEvaluation:
     settings = {"images_per_prompt": 2, "final_images_per_prompt": 4, "every_n_updates": 1}
-    settings |= {"batch_size": 6, "kl_images": 0, "watched": {}}
+    settings |= {"batch_size": 6, "kl_images": 0, "watched": {}, "leaks": "warn"}
     return SuiteEvaluation(suites_of(folder, reward), **(settings | arguments))
 
 
@@ -120,7 +120,9 @@ def draw(module, texts, copies) -> torch.Tensor:
 def test_watched_means_are_over_images_categories_and_suites(module, tmp_path):
     suites = suites_of(tmp_path, mark=1)
     watched = {"red": Redness(), "bright": Brightness()}
-    metrics = SuiteEvaluation(suites, watched=watched).evaluate(module, 3)
+    metrics = SuiteEvaluation(suites, images_per_prompt=3, watched=watched).evaluate(
+        module, thoroughly=False
+    )
     near, nearby, far = (
         draw(module, [text for text, _ in rows], 3) for rows in (NEAR, NEARBY, FAR)
     )
@@ -147,25 +149,27 @@ def test_each_reward_scores_each_picture_once(module, tmp_path):
     scorer, trained, other = Counted(), Counted(), Counted()
     module.reward = trained
     pictures = 2 * (len(NEAR) + len(NEARBY)), 2 * len(FAR), 2 * len(NEAR)
-    evaluation_of(tmp_path, scorer, watched={"other": other}).evaluate(module, 2)
+    evaluation_of(tmp_path, scorer, watched={"other": other}).evaluate(module, thoroughly=False)
     assert scorer.scored == sum(pictures)
     assert other.scored == pictures[0] + pictures[1]  # `shift` enters no mean
     assert trained.scored == pictures[0]
     module.reward = scorer
-    evaluation_of(tmp_path, scorer, watched={"same": scorer}).evaluate(module, 2)
+    evaluation_of(tmp_path, scorer, watched={"same": scorer}).evaluate(module, thoroughly=False)
     assert scorer.scored == 2 * sum(pictures)
 
 
 def test_without_watched_rewards_nothing_more_is_asked_or_logged(module, tmp_path):
     module.reward = Counted()
-    metrics = evaluation_of(tmp_path, watched=None).evaluate(module, 2)
+    metrics = evaluation_of(tmp_path, watched=None).evaluate(module, thoroughly=False)
     assert module.reward.scored == 0
     assert not [name for name in metrics if "watched" in name or "alarm" in name]
 
 
 def test_scores_are_the_same_with_and_without_watched_rewards(module, tmp_path):
-    alone = evaluation_of(tmp_path, watched=None).evaluate(module, 2)
-    beside = evaluation_of(tmp_path, watched={"red": Brightness()}).evaluate(module, 2)
+    alone = evaluation_of(tmp_path, watched=None).evaluate(module, thoroughly=False)
+    beside = evaluation_of(tmp_path, watched={"red": Brightness()}).evaluate(
+        module, thoroughly=False
+    )
     assert {name: beside[name] for name in alone} == alone
 
 
@@ -179,11 +183,14 @@ class Noise(Reward):
 def test_rewards_that_draw_have_the_same_seeds_each_time_and_leave_no_trace(module, tmp_path):
     evaluation = evaluation_of(tmp_path, watched={"noise": Noise()})
     before = torch.get_rng_state()
-    one = evaluation.evaluate(module, 2)
+    one = evaluation.evaluate(module, thoroughly=False)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(7)
     module.rollouts = 5
-    assert evaluation.evaluate(module, 2)["val/watched/id/noise"] == one["val/watched/id/noise"]
+    assert (
+        evaluation.evaluate(module, thoroughly=False)["val/watched/id/noise"]
+        == one["val/watched/id/noise"]
+    )
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -192,8 +199,13 @@ def test_processes_judge_their_shares_of_a_suite(module, tmp_path, processes):
     suite = suites_of(tmp_path)[0]
 
     def judge(rank: int, number: int) -> JudgedSuite:
-        one = SimpleNamespace(global_rank=rank, trainer=SimpleNamespace(world_size=number))
-        one.draw, one.policy, one.device = module.draw, module.policy, module.device
+        trainer = SimpleNamespace(world_size=number, progress_bar_callback=None)
+        one = SimpleNamespace(global_rank=rank, trainer=trainer)
+        one.draw, one.policy, one.own_random_state = (
+            module.draw,
+            module.policy,
+            module.own_random_state,
+        )
         one.sum_over_processes = lambda values: values
         return judge_suite(one, suite, read_suite(suite), {OWN: Brightness()}, 2, 2)
 
@@ -209,7 +221,9 @@ def test_processes_judge_their_shares_of_a_suite(module, tmp_path, processes):
 
 
 def test_diversity_is_the_mean_over_categories(module, tmp_path):
-    metrics = evaluation_of(tmp_path, watched=None).evaluate(module, 3)
+    metrics = evaluation_of(tmp_path, watched=None, images_per_prompt=3).evaluate(
+        module, thoroughly=False
+    )
     for name, domain, rows in (("nearby", "id", NEARBY), ("far", "ood", FAR)):
         pictures = draw(module, [text for text, _ in rows], 3)
         values = diversity(pictures.flatten(0, 1), 3)
@@ -224,7 +238,9 @@ def test_diversity_is_the_mean_over_categories(module, tmp_path):
 
 
 def test_one_image_of_each_prompt_has_no_diversity(module, tmp_path):
-    metrics = evaluation_of(tmp_path, watched=None).evaluate(module, 1)
+    metrics = evaluation_of(tmp_path, watched=None, images_per_prompt=1).evaluate(
+        module, thoroughly=False
+    )
     assert not [name for name in metrics if name.endswith("/diversity")]
 
 
@@ -305,35 +321,52 @@ def test_a_resumed_run_gives_the_same_alarms(tiny_janus, tmp_path):
 def test_a_start_that_is_scored_again_begins_the_course_again(module, tmp_path):
     evaluation = evaluation_of(tmp_path)
     for _ in range(2):
-        evaluation.evaluate(module, 4)
+        evaluation.evaluate(module, thoroughly=True)
         assert evaluation.course.suspects == []
     start = evaluation.course.start
     assert start.shape == (len(NEAR) + len(NEARBY), 2)  # pictures that every evaluation has
     module.rollouts = 1
     module.reward = ByUpdate([0.0, 1.0], lambda: module.rollouts)
-    evaluation.evaluate(module, 2)
+    evaluation.evaluate(module, thoroughly=False)
     assert torch.equal(evaluation.course.start, start)
 
 
 def test_the_first_pictures_of_the_thorough_evaluations_are_compared(module, tmp_path):
     evaluation = evaluation_of(tmp_path)
-    evaluation.evaluate(module, 4)
+    evaluation.evaluate(module, thoroughly=True)
     start, best = evaluation.course.start, evaluation.course.best["val/ood/mean"]
     module.rollouts = 1  # with the same weights: the same pictures
-    evaluation.evaluate(module, 2)
+    evaluation.evaluate(module, thoroughly=False)
     assert torch.equal(evaluation.course.start, start)
     torch.testing.assert_close(evaluation.course.best["val/ood/mean"], best)
     far = draw(module, [text for text, _ in FAR], 2).mean((2, 3, 4)).double()
     torch.testing.assert_close(best, far, rtol=0, atol=1e-6)
 
 
+def test_the_sampled_prompts_of_the_thorough_evaluations_are_compared(module, tmp_path):
+    """Suites with other numbers of pictures side by side: what one lacks is no verdict."""
+    evaluation = evaluation_of(tmp_path, prompts_per_category=1)
+    evaluation.suites[1].images_per_prompt = 3
+    evaluation.evaluate(module, thoroughly=True)
+    start, best = evaluation.course.start, evaluation.course.best["val/ood/mean"]
+    near = draw(module, ["a red circle", "two cats"], 2).mean((2, 3, 4)).double()
+    nearby = draw(module, ["circle", "red"], 3).mean((2, 3, 4)).double()
+    torch.testing.assert_close(start[:2, :2], near, rtol=0, atol=1e-6)
+    torch.testing.assert_close(start[2:], nearby, rtol=0, atol=1e-6)
+    assert start[:2, 2].isnan().all()
+    module.rollouts = 1  # with the same weights: the same pictures
+    evaluation.evaluate(module, thoroughly=False)
+    assert evaluation.course.suspects == []
+    torch.testing.assert_close(evaluation.course.best["val/ood/mean"], best)
+
+
 def test_another_number_of_pictures_is_refused_when_a_run_goes_on(module, tmp_path):
     one, two = evaluation_of(tmp_path), evaluation_of(tmp_path, images_per_prompt=3)
-    one.evaluate(module, 4)
+    one.evaluate(module, thoroughly=True)
     two.load_state_dict(one.state_dict())
     module.rollouts = 1
     with pytest.raises(ValueError, match=r"\[7, 2\] as before, got \[7, 3\]; resume with"):
-        two.evaluate(module, 4)
+        two.evaluate(module, thoroughly=True)
 
 
 # Where there is no alarm ------------------------------------------------------------------------
@@ -343,7 +376,9 @@ def test_a_module_that_trains_on_no_reward_has_watched_scores_and_no_alarm(tiny_
     module = SFTModule(make_policy(tiny_janus))
     module.configure_model()
     module.trainer = make_trainer(tmp_path)
-    metrics = evaluation_of(tmp_path, watched={"red": Brightness()}).evaluate(module, 2)
+    metrics = evaluation_of(tmp_path, watched={"red": Brightness()}).evaluate(
+        module, thoroughly=False
+    )
     assert metrics["val/watched/id/red"] > 0
     assert ALARM not in metrics
 
@@ -385,7 +420,7 @@ class WrongShape(Reward):
 def test_a_watched_reward_that_loses_scores_is_refused(module, tmp_path):
     evaluation = evaluation_of(tmp_path, watched={"wrong": WrongShape()})
     with pytest.raises(ValueError, match=r"reward wrong: expected total of shape \(6,\)"):
-        evaluation.evaluate(module, 2)
+        evaluation.evaluate(module, thoroughly=False)
 
 
 def test_more_processes_than_prompts_are_refused(module, tmp_path):

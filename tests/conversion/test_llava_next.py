@@ -352,6 +352,21 @@ def test_a_missing_file_is_named(original, tmp_path, removed, message):
         convert(original, tmp_path / "converted")
 
 
+@pytest.mark.parametrize("text", ["{", "[]1", "3"])
+def test_settings_that_are_no_json_are_named(original, tmp_path, text):
+    (original / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json: expected settings in JSON"):
+        convert(original, tmp_path / "new")
+
+
+def test_weights_of_a_type_without_a_place_are_refused(original, tmp_path):
+    for file in original.glob("*.safetensors"):
+        file.unlink()
+    save_file({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, original / "model.safetensors")
+    with pytest.raises(ValueError, match=r"among F64, .*got F8_E4M3; name a checkpoint that is"):
+        convert(original, tmp_path / "new")
+
+
 def test_weights_are_read_and_written_in_parts(original, tmp_path, weights, monkeypatch):
     from cotgen_pl.conversion import llava_next, shards
 

@@ -20,10 +20,10 @@ from cotgen_pl.data.prompts import (
     check_facts,
     check_scorable,
     draw_passes,
-    find_leaks,
     read_prompts,
 )
 from cotgen_pl.interfaces import Prompt, Reward
+from cotgen_pl.leaks import find_leaks
 from cotgen_pl.modules.sft import SFTModule
 
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy", "complex", "scene")
@@ -95,32 +95,6 @@ def test_what_is_missing_inside_a_fact_is_named_with_file_and_line(tmp_path):
 def test_missing_fact_of_a_prompt_that_no_file_holds():
     with pytest.raises(ValueError, match=r"^prompt 1: expected the facts \['x'\] for reward r"):
         check_facts([Prompt("p", facts={"x": 1}), Prompt("q")], ["x"], "r")
-
-
-def test_leaks_ignore_case_spaces_and_the_final_stop():
-    train = [Prompt("A red  cube."), Prompt("a red cube"), Prompt("a blue cube")]
-    held_out = [Prompt("a cube"), Prompt("a Red cube ."), Prompt("a blue. cube")]
-    assert find_leaks(train, held_out) == [(train[0], held_out[1])]
-
-
-def test_leaks_of_the_official_files(repository):
-    folder = Path(os.environ.get("COTGEN_DATA", repository.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no official prompt files at {folder}; set COTGEN_DATA to their folder")
-
-    def read(category: str, split: str) -> list[Prompt]:
-        path = folder / "t2i_compbench" / f"{category}_{split}.txt"
-        return read_prompts(PromptFile(str(path), "t2i_compbench"))
-
-    categories = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "numeracy")
-    held_out = [prompt for category in categories for prompt in read(category, "val")]
-    counts = {"shape": 4, "spatial": 2}
-    for category in categories:
-        leaks = find_leaks(read(category, "train"), read(category, "val"))
-        assert len(leaks) == counts.get(category, 0), category
-    t2i_r1 = folder / "t2i_r1" / "geneval_and_t2i_data_final.json"
-    leaks = find_leaks(read_prompts(PromptFile(str(t2i_r1), "t2i_r1")), held_out)
-    assert Counter(prompt.category for _, prompt in leaks) == counts
 
 
 # Order ------------------------------------------------------------------------------------------
@@ -251,13 +225,10 @@ def test_no_files_and_a_limit_below_one_are_refused(tmp_path):
 def test_prediction_takes_its_own_files_in_order(tmp_path):
     first = write(tmp_path / "a.txt", ["p", "q", "r"])
     second = write(tmp_path / "b.txt", ["s", "t"])
-    batches = list(PromptData([first], predict_batch_size=2).predict_dataloader())
-    assert [[(p.index, p.text) for p in batch] for batch in batches] == [
-        [(0, "p"), (1, "q")],
-        [(2, "r")],
-    ]
-    [batch] = PromptData([first], predict_files=[second]).predict_dataloader()
-    assert [(p.index, p.text) for p in batch] == [(0, "s"), (1, "t")]
+    drawn = PromptData([first]).predict_prompts
+    assert [(p.index, p.text) for p in drawn] == [(0, "p"), (1, "q"), (2, "r")]
+    drawn = PromptData([first], predict_files=[second]).predict_prompts
+    assert [(p.index, p.text) for p in drawn] == [(0, "s"), (1, "t")]
 
 
 def test_loader_gives_the_share_of_its_process(tmp_path):

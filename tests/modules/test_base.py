@@ -80,10 +80,11 @@ def test_the_policy_sees_the_generation_text(module):
     )
 
 
-def test_predict_draws_one_picture_of_each_prompt(module):
-    pictures = module.predict_step(numbered_prompts(3), 0)
-    assert pictures.shape == (3, 3, 4, 4)
-    assert pictures.min() >= 0 and pictures.max() <= 1
+def test_predict_without_a_writer_is_refused_before_weights_load(tiny_janus, tmp_path):
+    module = make_grpo(tiny_janus)
+    module.configure_model = lambda: pytest.fail("weights were loaded")
+    with pytest.raises(ValueError, match="expected a callback that writes what predict draws"):
+        make_trainer(tmp_path).predict(module, PromptData([write_prompts(tmp_path)]))
 
 
 # Weights ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""CompBenchReward: phrases become questions, answers become scores."""
+"""CompBenchReward on phrases: they become questions, and answers become scores."""
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from tests.conversion.original_blip import (
     write_tokenizer,
 )
 
+BY_PHRASES = {"categories": ["color", "shape", "texture"], "phrases": "attr_nouns"}
+NAMES = ["compbench", "color[attr_nouns]", "shape[attr_nouns]", "texture[attr_nouns]"]
 PHRASES = [["red cat"], ["blue dog", "big red box"], ["moon", "red cat", "two big cat", "box"]]
 
 
@@ -34,7 +36,7 @@ def converted(original, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reward(converted):
-    return CompBenchReward(str(converted)).load()
+    return CompBenchReward(str(converted), **BY_PHRASES).load()
 
 
 @pytest.fixture
@@ -65,9 +67,13 @@ class Answers(torch.nn.Module):
 
 
 def with_answers(converted, answers, **options):
-    reward = CompBenchReward(str(converted), **options)
-    reward._held.append(Answers(answers))
+    reward = CompBenchReward(str(converted), **BY_PHRASES | options)
+    reward._held.append(torch.nn.ModuleDict({"blip": Answers(answers)}))
     return reward
+
+
+def asked_of(reward):
+    return reward.network["blip"].asked
 
 
 def test_score_is_the_product_of_plain_torchs_answers(reward, original, images, prompts):
@@ -82,7 +88,7 @@ def test_score_is_the_product_of_plain_torchs_answers(reward, original, images, 
             expected = plain.yes_probability(pixels, ids, torch.ones_like(ids)).item()
             assert yes == pytest.approx(expected, abs=0.5e-4 + 1e-5)  # rounded to 4 decimals
         assert scores.total[i].item() == pytest.approx(torch.tensor(told).prod().item(), abs=1e-4)
-    assert scores.total.dtype == torch.float32 and list(scores.parts) == ["compbench"]
+    assert scores.total.dtype == torch.float32 and list(scores.parts) == NAMES
     assert scores.total.std() > 0.01
 
 
@@ -120,7 +126,7 @@ def test_each_phrase_is_asked_about_its_own_picture(converted, images):
     reward = with_answers(converted, {f"{word}?": 0.1 * i for i, word in enumerate("abcd", 1)})
     scores = reward.score(images, [ask("a", "b"), ask("c"), ask("d", "a", "b")])
     asked = ([0, 0, 1, 2, 2, 2], ["a?", "b?", "c?", "d?", "a?", "b?"])
-    assert reward.network.asked == [asked]
+    assert asked_of(reward) == [asked]
     assert scores.details[1] == {"phrases": [{"phrase": "c", "yes": 0.3}]}
     torch.testing.assert_close(scores.total, torch.tensor([0.02, 0.3, 0.008]))
     swapped = reward.score(images, [ask("d", "a", "b"), ask("c"), ask("a", "b")])
@@ -131,7 +137,7 @@ def test_only_eight_phrases_are_asked_about(converted, images):
     words = "abcdefghij"
     reward = with_answers(converted, {f"{word}?": 0.9 for word in words})
     scores = reward.score(images[:1], [ask(*words)])
-    assert reward.network.asked[0][1] == [f"{word}?" for word in words[:8]]
+    assert asked_of(reward)[0][1] == [f"{word}?" for word in words[:8]]
     assert scores.total.item() == pytest.approx(0.4305)
 
 
@@ -145,8 +151,9 @@ def test_picture_and_phrase_both_count(reward, images):
 
 
 def test_batches_do_not_change_scores(converted, images, prompts):
-    whole = CompBenchReward(str(converted)).load().score(images, prompts)
-    pieces = CompBenchReward(str(converted), batch_size=1).load().score(images, prompts)
+    whole = CompBenchReward(str(converted), **BY_PHRASES).load().score(images, prompts)
+    single = CompBenchReward(str(converted), batch_size=1, **BY_PHRASES).load()
+    pieces = single.score(images, prompts)
     step = 1e-4 + 1e-6  # answers are equal within 1e-5, which may tip one rounding
     torch.testing.assert_close(pieces.total, whole.total, atol=step, rtol=0)
     assert [len(entry["phrases"]) for entry in pieces.details] == [1, 2, 4]
@@ -154,10 +161,11 @@ def test_batches_do_not_change_scores(converted, images, prompts):
 
 def test_phrases_may_be_another_fact(converted, images):
     reward = with_answers(converted, {"red cat?": 0.25}, phrases="phrases", name="blip_vqa")
-    assert reward.required_facts == ("phrases",)
     prompt = Prompt("a red cat", category="shape", facts={"phrases": ["red cat"]})
     scores = reward.score(images[:1], [prompt])
-    assert scores.parts["blip_vqa"].tolist() == [0.25]
+    assert scores.parts["blip_vqa"].tolist() == scores.parts["shape[phrases]"].tolist() == [0.25]
+    assert scores.parts["color[phrases]"].isnan().all()
+    assert scores.weights == {name: float(name == "blip_vqa") for name in scores.parts}
 
 
 @pytest.mark.parametrize("given", [None, [], "red cat", ["red cat", " "], ["red cat", 3], {}])
@@ -176,7 +184,7 @@ def test_other_categories_are_refused_before_the_network_is_asked(converted, ima
     message = r"expected prompts of the categories \('color', 'shape', 'texture'\), got '.*' for"
     with pytest.raises(ValueError, match=message):
         reward.score(images[:1], [ask("red cat", category=category)])
-    assert reward.network.asked == []
+    assert asked_of(reward) == []
 
 
 def test_t2i_r1s_prompts_are_judged_and_its_others_refused(converted, tmp_path):
@@ -184,9 +192,9 @@ def test_t2i_r1s_prompts_are_judged_and_its_others_refused(converted, tmp_path):
     shape = '{"prompt": "a round box", "task_type": "shape", "attr_nouns": ["round box"]}\n'
     file.write_text(shape + '{"prompt": "a cat", "task_type": "spatial", "nouns": ["cat"]}\n')
     prompts = read_prompts(PromptFile(str(file), "t2i_r1"))
-    reward = CompBenchReward(str(converted))
+    reward = CompBenchReward(str(converted), **BY_PHRASES)
     check_scorable(prompts[:1], reward)
-    with pytest.raises(ValueError, match=r"prompts.json:2: expected the facts \['attr_nouns'\]"):
+    with pytest.raises(ValueError, match=r"prompts.json:2: .* got 'spatial' for 'a cat'; leave"):
         check_scorable(prompts, reward)
 
 

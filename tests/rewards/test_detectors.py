@@ -140,6 +140,14 @@ def test_a_picture_is_read_alike_alone_and_in_a_batch(model, monkeypatch):
         assert [i.score for i in some] == pytest.approx([i.score for i in same], abs=1e-5)
 
 
+def test_a_picture_without_numbers_is_told(monkeypatch):
+    monkeypatch.setattr("cotgen_pl.rewards.detectors.SHORT_SIDE", 64)
+    model = build_detector()
+    with torch.no_grad():
+        model.class_predictor.bias.fill_(torch.nan)
+        assert InstanceDetector(model, NAMES)(torch.rand(2, 3, 48, 64), least=0.3) == [None, None]
+
+
 def test_other_classes_are_refused(model):
     with pytest.raises(ValueError, match=r"expected a detector of 3 classes, .*, got one of 2"):
         InstanceDetector(model, [*NAMES, "dog"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cotgen_pl.interfaces import Prompt, Reward, Scores
-from cotgen_pl.rewards.ensemble import Ensemble, standardise_scores
+from cotgen_pl.rewards.ensemble import Ensemble, _place, standardise_scores
 
 IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
@@ -266,6 +266,21 @@ def test_members_of_one_place_score_one_after_another(devices):
     assert [what for what, _ in notes] == ["starts", "ends", "starts", "ends"]
     assert [place for _, place in notes[::2]] == list(devices)
     assert len(elsewhere.notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "pictures", "place"),
+    [
+        (None, "cpu", "cpu"),
+        (None, "cuda:1", "cuda:1"),
+        ("cuda", "cuda:1", "cuda:1"),  # a name for two places would be scored at twice at a time
+        ("cuda:0", "cuda:1", "cuda:0"),
+        ("cpu", "cuda:1", "cpu"),
+        ("remote", "cuda:0", "remote"),
+    ],
+)
+def test_each_place_has_one_name(device, pictures, place):
+    assert _place(device, torch.device(pictures)) == place
 
 
 def test_parts_stand_in_the_order_of_the_rewards_whatever_their_places():

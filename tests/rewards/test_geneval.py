@@ -98,7 +98,7 @@ def test_verdicts_of_known_objects(files, pictures):
 
 
 def test_more_than_asked_is_right_for_the_benchmark_alone(files, pictures):
-    scores = judged(files, pictures, Finds(instance(), instance()), Names("blue"), score="graded")
+    scores = judged(files, pictures, Finds(instance(), instance()), Names("blue"), total="graded")
     assert scores.parts["strict"].tolist() == [1, 0, 1]
     assert scores.parts["exact"].tolist() == [0, 0, 1]
     assert torch.equal(scores.total, scores.parts["graded"])
@@ -172,3 +172,114 @@ def test_missing_files_are_told_before_weights_load(files, tmp_path):
         GenEvalReward(**files | {"names": str(tmp_path / "object_names.txt")})
     with pytest.raises(ValueError, match=r"expected a converted folder.*convert.py mask2former"):
         GenEvalReward(**files | {"path": str(tmp_path)})
+
+
+# Whether the detector works -----------------------------------------------------------------------
+
+
+class Loads(Finds):
+    """A detector in place of the one that `read` would make."""
+
+    def check(self):
+        pass
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.new("L", (48, 40), 90).save(tmp_path / "cup.png")
+    return str(tmp_path / "cup.png")
+
+
+def load(files, monkeypatch, detector, **settings):
+    monkeypatch.setattr(geneval.InstanceDetector, "read", lambda folder, names: detector)
+    return GenEvalReward(**files, **settings).load()
+
+
+def test_a_detector_that_finds_nothing_stops_or_warns(files, photo, monkeypatch):
+    known = {"sanity_picture": photo, "sanity_class": "cup"}
+    message = r"expected the detector to find a cup in .*cup.png, got \['cat'\]; convert"
+    with pytest.raises(ValueError, match=message):
+        load(files, monkeypatch, Loads(instance("cat")), sanity="stop", **known)
+    with pytest.warns(UserWarning, match=message):
+        load(files, monkeypatch, Loads(instance("cat")), **known)
+    with pytest.warns(UserWarning, match=r"got nothing; convert"):
+        load(files, monkeypatch, Loads(), **known)
+
+
+@pytest.mark.parametrize("sanity", ["stop", "warn"])
+def test_a_detector_that_finds_it_goes_on(files, photo, monkeypatch, recwarn, sanity):
+    seen = []
+
+    class Looks(Loads):
+        def forward(self, images, least):
+            seen.append(images)
+            return super().forward(images, least)
+
+    known = {"sanity_picture": photo, "sanity_class": "cup"}
+    load(files, monkeypatch, Looks(instance("cat"), instance()), sanity=sanity, **known)
+    assert not [w for w in recwarn if "detector" in str(w.message)]
+    assert seen[0].shape == (1, 3, 40, 48)
+    assert (seen[0] * 255).unique().tolist() == pytest.approx([90])
+
+
+def test_the_check_may_be_left_out(files, photo, monkeypatch, recwarn):
+    known = {"sanity_picture": photo, "sanity_class": "cup"}
+    load(files, monkeypatch, Loads(), sanity="off", **known)
+    load(files, monkeypatch, Loads())  # and nothing is looked at without a picture
+    assert not [w for w in recwarn if "detector" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sanity": "stop"}, "expected a sanity_picture beside sanity: stop, got none"),
+        ({"sanity": "loud"}, "expected sanity to be one of"),
+        ({"sanity_class": "cup"}, "expected sanity_picture with a sanity_class"),
+        ({"sanity_picture": "a.png"}, "expected sanity_picture with a sanity_class"),
+        (
+            {"sanity_picture": "a.png", "sanity_class": "cow"},
+            "sanity_class out of the 2 names .* with 'cow'",
+        ),
+        (
+            {"sanity_picture": "/no/a.png", "sanity_class": "cup"},
+            "expected a picture at /no/a.png, got no file",
+        ),
+    ],
+)
+def test_a_check_that_cannot_be_made_is_refused(files, settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenEvalReward(**files, **settings)
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "a.png").write_text("no")
+    with pytest.raises(ValueError, match=r"a.png: expected a picture, got"):
+        geneval.read_picture(str(tmp_path / "a.png"))
+
+
+def test_a_detector_without_numbers_gives_no_verdict(files, pictures):
+    class Blind(nn.Module):
+        def forward(self, images, least):
+            return [None, [instance()], [instance()]]
+
+    scores = judged(files, pictures, Blind(), Names("red"))
+    assert scores.total.isnan().tolist() == [True, False, False]
+    assert scores.details[0] == {"failure": "the detector's answers are NaN; try dtype: float32"}
+
+
+def test_equal_scores_of_many_pictures_are_warned_of_once(recwarn, monkeypatch):
+    monkeypatch.setattr(geneval, "MOST_EQUAL", 4)
+    watch, zeros = geneval.EqualScores(), torch.zeros(3)
+    watch.watch(zeros, "geneval")
+    watch.watch(torch.tensor([1.0, 0.0, 0.0, torch.nan]), "geneval")
+    assert not recwarn.list
+    watch.watch(zeros, "geneval")
+    watch.watch(zeros, "geneval")
+    [warning] = recwarn.list
+    assert "reward geneval: the last 5 pictures all scored 0;" in str(warning.message)
+
+
+def test_the_reward_watches_its_own_scores(files, pictures, monkeypatch):
+    monkeypatch.setattr(geneval, "MOST_EQUAL", 3)
+    with pytest.warns(UserWarning, match="the last 3 pictures all scored 0"):
+        judged(files, pictures, Finds(), Names("red"))

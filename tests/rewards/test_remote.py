@@ -367,7 +367,7 @@ def test_a_server_that_stalls_is_left(serve, slow):
     scores = score(reward, 4)
     # All of these replies take 3 seconds.
     assert time.monotonic() - started < 2
-    assert scores.total.isnan().all() and None not in failures(scores)
+    assert scores.total.isnan().all() and failures(scores) == ["no answer within 0.15 s"] * 4
 
 
 def test_a_reply_without_end_is_left(serve):
@@ -490,6 +490,21 @@ def test_the_key_is_sent_and_never_shown(serve, monkeypatch):
     assert SECRET not in repr(held)
     make(server).score(IMAGES[:1], PROMPTS[:1])
     assert "Authorization" not in server.requests[-1][1]
+
+
+@pytest.mark.parametrize("key", [SECRET, "EMPTY", "sk-" + "0123456789" * 8])
+def test_replies_that_are_no_refusals_do_not_show_the_key_either(serve, monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    silent = {"choices": [{"message": {"x": key}}]}
+    replies = [{"error": f"Bearer {key}"}, says(f"key {key}"), silent]
+    server = serve(lambda asked, number: replies[number % 3])
+    reward = make(server, api_key_variable="JUDGE_KEY", retries=0, concurrency=1)
+    told = repr(failures(score(reward)))
+    assert "..." in told and key not in told and key[:8] not in told
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.reply(200, {"data": [{"x": key}]}))
+    with pytest.raises(ValueError, match="expected an OpenAI-compatible server") as error:
+        reward.load()
+    assert key not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["", "two\nlines", "a b", "schlüssel"])

@@ -3,20 +3,28 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from cotgen_pl.rules.compbench import (
     LEAST_SPATIAL_SCORE,
     RELATIONS_2D,
+    THREE_IN_ONE,
+    UNKNOWN_IN_DEPTH,
     UNKNOWN_TO_UNIDET,
     Relation,
+    detector_size,
     drop_duplicates,
     numeracy_score,
+    parse_complex_relation,
     parse_counts,
     parse_relation,
     read_nouns,
     score_depth_relation,
+    score_relation_2d,
+    select_phrases,
     spatial_score,
     template_phrases,
+    without_adjectives,
 )
 from cotgen_pl.rules.position import score_position
 
@@ -100,6 +108,107 @@ def test_official_relations_in_depth(official, name):
     lines = lines_of(official, name)
     assert len(lines) in (300, 700)
     assert all(parse_relation(line) for line in lines)
+
+
+@pytest.mark.parametrize(("name", "unknown"), [("3d_spatial_val", 20), ("3d_spatial_train", 54)])
+def test_official_relations_in_depth_that_unidet_cannot_match(official, name, unknown):
+    relations = [parse_relation(line) for line in lines_of(official, name)]
+    assert sum(bool({r.first, r.second} & UNKNOWN_IN_DEPTH) for r in relations) == unknown
+
+
+def test_the_official_parts_of_complex_are_all_of_it(official):
+    parts = {part: lines_of(official, f"complex_val_{part}") for part in THREE_IN_ONE}
+    assert {part: len(lines) for part, lines in parts.items()} == {
+        "spatial": 58,
+        "action": 212,
+        "spatialaction": 30,
+    }
+    texts = {line.lower().split(".")[0] for lines in parts.values() for line in lines}
+    assert texts == {line.lower().split(".")[0] for line in lines_of(official, "complex_val")}
+
+
+@pytest.mark.parametrize(
+    ("relation", "a", "b", "score"),
+    [
+        ("on the left of", (0, 0, 100, 100), (150, 0, 250, 100), 1),
+        ("on the left of", (0, 0, 100, 100), (50, 0, 150, 100), 0.3),
+        ("on the right of", (0, 0, 100, 100), (150, 0, 250, 100), 0),
+        ("next to", (0, 0, 100, 100), (300, 300, 400, 400), 0.5),
+        ("near", (0, 0, 50, 50), (200, 160, 250, 210), 0.75),
+        ("on top of", (0, 0, 100, 100), (0, 200, 100, 300), 0),
+        ("on the top of", (0, 0, 100, 100), (0, 200, 100, 300), 1),
+    ],
+)
+def test_golden_values_of_the_published_rule(relation, a, b, score):
+    assert score_relation_2d(relation, a, b, reference_faults=True) == pytest.approx(score)
+
+
+def test_on_top_of_means_on_the_top_of():
+    assert score_relation_2d("on top of", (0, 0, 100, 100), (0, 200, 100, 300)) == 1
+    assert score_relation_2d("on top of", (0, 200, 100, 300), (0, 0, 100, 100)) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [
+        ((384, 384), (479, 479)),
+        ((479, 480), (479, 480)),
+        ((480, 640), (360, 480)),
+        ((640, 480), (480, 360)),
+    ],
+)
+def test_boxes_lie_on_a_picture_of_479_pixels(size, resized):
+    assert detector_size(*size) == resized
+
+
+def test_detector_sizes_are_torchvisions():
+    from torchvision.transforms.v2.functional import resize
+
+    for height, width in ((384, 384), (100, 333), (333, 100), (512, 511), (480, 640)):
+        picture = torch.zeros(1, height, width)
+        resized = resize(picture, [479], max_size=480)
+        assert detector_size(height, width) == tuple(resized.shape[-2:])
+
+
+def tag(text: str) -> list[tuple[str, str]]:
+    """Words with their kinds, from "red/ADJ cup"; nouns need none."""
+    pairs = [piece.partition("/") for piece in text.split()]
+    return [(word, kind or "NOUN") for word, _, kind in pairs]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "The/DET red/ADJ hat was/AUX on/ADP top of/ADP the/DET coat rack",
+            Relation("hat", "on top of", "coat"),
+        ),
+        ("cup spoon next/ADV to/ADP a/DET dog", Relation("spoon", "next to", "dog")),
+        ("a/DET boy near/ADP Tom/PROPN Sawyer/PROPN", Relation("person", "near", "sawyer")),
+        ("Tom/PROPN near/ADP Sam/PROPN Bell/PROPN s/X Al/PROPN", Relation("tom", "near", "bell")),
+        ("Tom/PROPN near/ADP Sam/PROPN dog", Relation("tom", "near", "dog")),
+        ("cup on/ADP the/DET left of/ADP a/DET dog", Relation("cup", "on the left of", "dog")),
+        ("cup on/ADP bottom of/ADP a/DET dog", Relation("cup", "on the bottom of", "dog")),
+        # The order of the list counts, not that of the prompt.
+        ("a cup near/ADP dog on/ADP top of/ADP box", Relation("dog", "on top of", "box")),
+        ("near/ADP a/DET dog", None),
+        ("a/DET dog is/AUX near/ADP", None),
+        ("a/DET dog on/ADP a/DET box", None),
+    ],
+)
+def test_complex_relations_are_read_off_kinds_of_words(text, expected):
+    assert parse_complex_relation(tag(text)) == expected
+
+
+def test_adjectives_are_dropped_and_the_rest_joined():
+    words = tag("The/DET red/ADJ hat was/AUX red/PROPN ./PUNCT")
+    assert without_adjectives(words) == "The hat was red ."
+
+
+def test_phrases_that_only_say_where_are_not_asked_about():
+    chunks = ["a cup", "top", "the side", "the left", "the right", "The left", "a top"]
+    assert select_phrases(chunks) == ["a cup", "The left", "a top"]
+    assert select_phrases([*"abcdefghij", "top"]) == list("abcdefgh")
 
 
 @pytest.mark.parametrize("relation", RELATIONS_2D)

@@ -100,6 +100,7 @@ def test_targets_with_something_in_them_are_left(detector, tmp_path, capsys):
         (["mask2former", "nowhere", "new"], "got nothing"),
         (["mask2former", "{file}", "new", "--template", "janus"], "template"),
         (["janus", "{file}", "new"], "template"),
+        (["mask2former", "{file}", "{file}/new"], "Not a directory"),
     ],
 )
 def test_wrong_arguments_are_told(detector, tmp_path, capsys, monkeypatch, arguments, refusal):

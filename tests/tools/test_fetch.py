@@ -28,6 +28,7 @@ NAMES = [
     "janus_pro_1b",
     "mask2former",
     "orm",
+    "phrases",
     "pick_score",
     "t2i_compbench_prompts",
     "t2i_r1_prompts",
@@ -128,6 +129,16 @@ def test_a_failed_recipe_does_not_stop_the_others(server, fetch, tmp_path, capsy
     assert "HTTP 404" in errors[0]
     assert "expected a recipe among aesthetic" in errors[1]
     assert (tmp_path / "weights" / "b").read_bytes() == b"b"
+
+
+def test_places_that_cannot_be_written_are_told_in_one_line(server, fetch, tmp_path, capsys):
+    recipe = write_recipe(tmp_path, "a", files=[{"target": "a", "url": f"{server.address}/a"}])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "weights" / "a").mkdir(parents=True)
+    assert fetch(recipe, "--to", tmp_path / "file") == 2  # a file in place of the folder
+    assert fetch(recipe, "--to", tmp_path / "weights") == 2  # a folder in place of the file
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
 
 
 def test_hub_files_come_from_the_mirror_asked_for(server, fetch, tmp_path, monkeypatch):

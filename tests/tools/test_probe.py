@@ -99,10 +99,11 @@ def test_an_experiment_that_draws_nothing_is_refused(root):
     [
         (["--images", "1"], "expected --images of 2 or more, got 1"),
         (["--prompts", "0"], "expected prompts of 1 or more, got 0"),
+        (["--json", "nowhere/a.json"], "expected --json in a folder that is there"),
         (["--batch_size", "0"], "expected batch_size of 1 or more, got 0"),
     ],
 )
-def test_sizes_too_small_are_refused(setting, message):
+def test_mistakes_are_refused_before_any_work(setting, message):
     with pytest.raises(ValueError, match=message):
         probe(["configs/grpo_shapes.yaml", *setting])
 

@@ -1,0 +1,458 @@
+"""The plan's formulas: by hand, against published sizes, and against what tensors really take."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from cotgen_pl.data.prompts import PromptData
+from cotgen_pl.footprint import MAPS_PER_DECODE, PlannedPolicy, PolicySizes, read_sizes
+from cotgen_pl.interfaces import Policy
+from cotgen_pl.losses import token_statistics
+from cotgen_pl.modules import micro_batches
+from cotgen_pl.modules.micro_batches import held_bytes, total_memory
+from cotgen_pl.planning import (
+    OptimizerMemory,
+    PlannedWork,
+    Speed,
+    activations,
+    check_room,
+    decode_bytes,
+    decode_seconds,
+    images_at_once,
+    largest_micro_batch,
+    memory,
+    peak,
+    seconds,
+    training_flop,
+    try_optimizer,
+)
+from cotgen_pl.policies.janus import JanusPolicy
+from cotgen_pl.sampling import forced_logits
+from tests.toys import Brightness, make_dpo, make_grpo, make_trainer, write_prompts
+from tools.main import SaveRunConfig
+from tools.plan import KNOWN_SIZES
+
+SMALL = PolicySizes(
+    layers=2,
+    width=8,
+    mlp_width=16,
+    heads=2,
+    attention_width=8,
+    key_width=4,
+    num_tokens=4,
+    codebook_size=32,
+    body=1000,
+    text_embedding=200,
+    generation_head=300,
+    generation_input=50,
+    vq=70,
+    unused=500,
+    side=4,
+    decoder_width=2,
+)
+ADAM = OptimizerMemory(8.0, 4.0)
+H200 = Speed(4.8e12, 790e12, bandwidth_share=1.0, flops_share=0.45)
+# Of the prediction over what was counted: how far off it may be, up and down.
+WITHIN = (0.95, 1.25)
+
+
+def janus_pro(name: str, **settings) -> PlannedPolicy:
+    return PlannedPolicy(KNOWN_SIZES[f"deepseek-community/Janus-Pro-{name}"], **settings)
+
+
+def small_work(**settings) -> PlannedWork:
+    usual = {"drawn": 6, "learnt": 6, "micro_batch": 2, "guided": True, "logprobs": "conditional"}
+    rest = {"twin": True, "replays": 1, "optimizer": ADAM}
+    return PlannedWork(**(usual | rest | settings))
+
+
+def counted_peak(work) -> int:
+    """The most bytes that tensors took at once, beyond those before, by torch's own profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+# By hand ----------------------------------------------------------------------------------------
+
+
+def test_weights_by_hand():
+    policy = PlannedPolicy(SMALL)
+    assert SMALL.total == 2120
+    assert policy.trained == 1000
+    assert policy.frozen_weights == (200 + 300 + 50 + 500) * 2 + 70 * 4
+    assert policy.compute_copy == 2000
+    both = replace(policy, trains="both", train_text_embedding=True)
+    assert both.trained == 1000 + 300 + 50 + 200
+
+
+def test_adapters_by_hand():
+    policy = PlannedPolicy(SMALL, lora_rank=2, quantize="4bit")
+    # q 8+8, k 8+4, v 8+4, o 8+8; gate, up, down 8+16 each; rank 2 in 2 layers
+    assert policy.trained == 2 * 2 * (16 + 12 + 12 + 16 + 3 * 24)
+    small = 1000 - 5 * 8  # norms stay
+    assert policy.frozen_weights == small * 0.5625 + (2120 - 70 - small) * 2 + 70 * 4
+
+
+def test_cache_by_hand():
+    policy = PlannedPolicy(SMALL, prompt_tokens=3)
+    assert policy.cache_per_position == 2 * 2 * 4 * 2
+    assert policy.cache(5, guided=True) == 10 * 32 * 7
+    assert replace(policy, precision="32-true").cache(5, guided=False) == 5 * 64 * 7
+
+
+def test_a_step_reads_weights_and_filled_positions():
+    policy = PlannedPolicy(SMALL, prompt_tokens=3)
+    filled = (4 + 5 + 6 + 7) / 4
+    assert decode_bytes(policy, 5, True) == 1000 * 2 + 300 * 2 + 10 * 32 * filled
+    assert decode_bytes(policy, 5, True, bucket=4) == 2600 + 10 * 32 * (4 + 8 + 8 + 8) / 4
+    float32 = replace(policy, dtype="float32")  # the head is cast at each step: 4 + 2 + 2 bytes
+    assert decode_bytes(float32, 5, True) == 1000 * 2 + 300 * 8 + 10 * 32 * filled
+
+
+def test_phases_by_hand():
+    policy, work = PlannedPolicy(SMALL, gradient_checkpointing=True), small_work()
+    planned = memory(policy, work)
+    base = 4000 + policy.frozen_weights + 4000 + 8000 + 2000 + 4000 + policy.cache(6, True)
+    sums = {phase: sum(parts.values()) for phase, parts in planned.items()}
+    assert sums["optimizer step"] == base + 4000
+    assert sums["rollout"] == base + policy.decoding(6)
+    kept = 2 * policy.layer_input
+    passing = max(policy.logits(False), 1.6 * policy.layer_activations)
+    assert sums["update"] == pytest.approx(base + 2 * (kept + passing))
+    assert "evaluation" not in planned
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"logprobs": "conditional"}, 3),
+        ({"logprobs": "guided"}, 6),
+        ({"logprobs": "guided_detached"}, 4),
+        ({"logprobs": "guided", "guided": False}, 3),
+    ],
+)
+def test_an_update_is_so_many_forward_passes(settings, passes):
+    policy, work = PlannedPolicy(SMALL), small_work(**settings)
+    assert training_flop(policy, work) == passes * policy.forward_flop()
+
+
+# Published sizes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "weights", "position", "flop"),
+    [
+        ("1B", 2_076_636_811, 2.54e9, 196_608, 4.75e12),
+        ("7B", 7_407_773_323, 12.31e9, 491_520, 22.7e12),
+    ],
+)
+def test_janus_pro(name, total, weights, position, flop):
+    policy = janus_pro(name)
+    assert policy.sizes.total == total
+    assert policy.weights_read == pytest.approx(weights, rel=2e-3)
+    assert policy.cache_per_position == position
+    assert 3 * policy.forward_flop() == pytest.approx(flop, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "bucket", "pace"),
+    [
+        ("1B", 1, 1, 3.1),
+        ("1B", 16, 1, 29.3),
+        ("1B", 128, 1, 57.2),
+        ("1B", 128, 128, 48.8),
+        ("1B", 128, 608, 32.2),
+        ("7B", 8, 1, 4.5),
+        ("7B", 64, 1, 16.4),
+        ("7B", 64, 128, 14.6),
+        ("7B", 128, 608, 12.0),
+    ],
+)
+def test_images_per_second_at_the_bound(name, images, bucket, pace):
+    moved = decode_bytes(janus_pro(name), images, True, bucket)
+    assert images / (576 * moved / 4.8e12) == pytest.approx(pace, rel=0.01)
+    if bucket == 1:
+        taken = decode_seconds(janus_pro(name), images, True, H200)
+        assert images / taken == pytest.approx(pace, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "pace"), [("1B", 17.5), ("7B", 4.9)])
+def test_whole_step_at_half_the_bandwidth(name, pace):
+    work = small_work(drawn=128, learnt=128, replays=2)
+    taken = seconds(janus_pro(name), work, replace(H200, bandwidth_share=0.5))
+    assert 128 / sum(taken.values()) == pytest.approx(pace, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapters", "cache", "no_recompute"),
+    [("1B", 15.1e6, 30.6e9, (1.3e9, 1.8e9)), ("7B", 37.5e6, 76.5e9, (3e9, 4.5e9))],
+)
+def test_memory_of_janus_pro(name, adapters, cache, no_recompute):
+    policy = janus_pro(name)
+    assert replace(policy, lora_rank=16).trained == pytest.approx(adapters, rel=5e-3)
+    assert policy.cache(128, guided=True) == pytest.approx(cache, rel=2e-3)
+    low, high = no_recompute
+    assert low < policy.sizes.layers * policy.layer_activations < high
+
+
+# Against what tensors take ----------------------------------------------------------------------
+
+
+def test_sizes_of_the_shipped_model_are_those_of_its_weights():
+    policy = JanusPolicy("cotgen_pl/shapes/assets/janus").load()
+    sizes = read_sizes(policy.config)
+    assert sizes.total == sum(parameter.numel() for parameter in policy.parameters())
+    planned = PlannedPolicy.read(sizes, policy, "32-true")
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    frozen = [p for p in policy.parameters() if not p.requires_grad]
+    assert planned.trained == sum(p.numel() for p in trained)
+    assert planned.frozen_weights == sum(p.nbytes for p in frozen)
+
+
+def statistics(policy, texts, tokens, mode, bonus=False):
+    """As `GRPOModule` has them: the logits end with the call."""
+    logits = forced_logits(policy, texts, tokens, guidance=2.0, mode=mode)
+    return token_statistics(logits, tokens, entropy_gradient=bonus)
+
+
+@pytest.mark.parametrize(
+    ("mode", "precision", "checkpointing"),
+    [
+        ("conditional", "32-true", False),
+        ("guided", "bf16-mixed", False),
+        ("guided_detached", "bf16-mixed", False),
+        ("conditional", "bf16-mixed", True),
+        ("guided", "32-true", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_update_of_the_shipped_model_takes_what_is_planned(mode, precision, checkpointing):
+    number, texts = 32, ["a red circle"] * 32
+    policy = JanusPolicy("cotgen_pl/shapes/assets/janus", gradient_checkpointing=checkpointing)
+    tokens = torch.randint(0, 128, (number, 16))
+    policy.load()
+
+    def update():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            statistics(policy, texts, tokens, mode)[0].mean().backward()
+
+    update()  # gradients and their memory are there from the second update on
+    counted = counted_peak(update)
+    planned = PlannedPolicy.read(read_sizes(policy.config), policy, precision)
+    planned = replace(planned, prompt_tokens=len(policy.prompt_ids(texts[0])))
+    work = small_work(micro_batch=number, logprobs=mode)
+    predicted = number * sum(activations(planned, work).values()) + planned.compute_copy
+    assert WITHIN[0] < predicted / counted < WITHIN[1]
+
+
+class Linear:
+    """Logits of a codebook so large that nothing else counts."""
+
+    def __init__(self, item: float) -> None:
+        self.weights, self.hidden = torch.randn(2048, 4).requires_grad_(), torch.randn(4, 32, 4)
+        self.item = item
+
+    def logits(self, prompts, tokens, unconditional=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.item == 2):
+            return torch.nn.functional.linear(self.hidden, self.weights)
+
+
+@pytest.mark.parametrize(
+    ("mode", "precision", "bonus"),
+    [
+        ("conditional", "32-true", False),
+        ("conditional", "bf16-mixed", False),
+        ("guided", "32-true", False),
+        ("guided", "bf16-mixed", False),
+        ("conditional", "32-true", True),
+        ("guided", "bf16-mixed", True),
+    ],
+)
+def test_loss_of_a_large_codebook_takes_what_is_planned(mode, precision, bonus):
+    sizes = replace(SMALL, num_tokens=32, codebook_size=2048)
+    planned = PlannedPolicy(sizes, precision=precision, dtype="float32")
+    tokens, linear = torch.zeros(4, 32, dtype=torch.long), Linear(planned.compute_bytes)
+
+    def update():
+        logprobs, entropy = statistics(linear, ["a"] * 4, tokens, mode, bonus)
+        (logprobs.mean() + entropy.mean() * bonus).backward()
+
+    predicted = 4 * planned.logits(mode == "guided", bonus)
+    assert WITHIN[0] < predicted / counted_peak(update) < WITHIN[1]
+
+
+def test_pictures_take_what_is_planned_at_the_decoders_own_widths():
+    from transformers import JanusConfig
+    from transformers.models.janus.modeling_janus import JanusVQVAE
+
+    vq = {"base_channels": 128, "channel_multiplier": [1, 1, 2, 2, 4], "latent_channels": 256}
+    text = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 2}
+    vision = {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_attention_heads": 2}
+    sizes = {"embed_dim": 8, "num_embeddings": 64, "num_res_blocks": 2, "projection_dim": 64}
+    config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq | sizes)
+    decoder = JanusVQVAE(config.vq_config).eval()
+    with torch.no_grad():
+        counted = counted_peak(lambda: decoder.decode(torch.zeros(2, 16, dtype=torch.long)))
+    maps = counted / (2 * 64 * 64 * 128 * 4)  # 2 pictures of 64 px, 128 channels, float32
+    assert WITHIN[0] < MAPS_PER_DECODE / maps < WITHIN[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "step"),
+    [
+        (torch.optim.AdamW, 8.0, 4.0),
+        (lambda p: torch.optim.AdamW(p, fused=True), 8.0, 0),
+        (lambda p: torch.optim.SGD(p, 0.1), 0.0, 0),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), 4.0, 0),
+    ],
+)
+def test_optimizers_are_tried(make, state, step):
+    assert try_optimizer(make) == OptimizerMemory(state, step)
+
+
+# The micro-batch --------------------------------------------------------------------------------
+
+
+def test_largest_micro_batch_fits_and_one_more_does_not():
+    policy, work = PlannedPolicy(SMALL), small_work(drawn=1, learnt=60)
+    for fits in (1, 7, 20, 59):
+        room = peak(memory(policy, replace(work, micro_batch=fits)))[1] * 1.0001
+        found = largest_micro_batch(policy, work, room)
+        assert found == math.ceil(60 / math.ceil(60 / fits)) <= fits
+    assert largest_micro_batch(policy, replace(work, learnt=60), 1e12) == 60
+    pairs = largest_micro_batch(policy, work, 1e12, images_each=2)
+    assert pairs == 30
+
+
+def test_what_cannot_fit_is_refused_with_numbers():
+    policy, work = janus_pro("7B"), small_work(drawn=64, learnt=64, micro_batch=64)
+    with pytest.raises(ValueError, match=r"fits into 80 GB, got .* GB in its update \(.*weights"):
+        check_room(memory(policy, work), 80e9)
+    with pytest.raises(ValueError, match=r"fits into 24 GB"):
+        largest_micro_batch(policy, work, 24e9)
+
+
+def test_callbacks_are_asked_for_their_batches():
+    rounds = SimpleNamespace(pairs=SimpleNamespace(images_per_batch=5))
+    found = images_at_once([SimpleNamespace(batch_size=3), rounds, SimpleNamespace(batch_size=4)])
+    assert found == {"evaluated": 4, "paired": 5}
+
+
+def test_rewards_are_counted_where_they_hide_their_networks():
+    reward = Brightness()
+    reward.hidden = [torch.nn.Linear(3, 2)]
+    assert held_bytes(reward) == 4 * (3 * 2 + 2)
+    reward.device = "cuda:1"
+    assert held_bytes(reward) == 0
+    assert held_bytes(None) == 0
+
+
+def room_for(folder, images: int, monkeypatch) -> None:
+    """Make the machine as large as a run of `make_grpo` with such micro-batches needs."""
+    policy = JanusPolicy(str(folder), dtype="float64")
+    planned = PlannedPolicy.read(read_sizes(policy.config), policy, "64-true")
+    work = small_work(drawn=8, learnt=8, micro_batch=images, twin=False, replays=0)
+    work = replace(work, optimizer=OptimizerMemory(0, 0), logprobs="guided")
+    total = peak(memory(planned, work))[1] * 1.0001 / micro_batches.CPU_SHARE
+    monkeypatch.setattr(micro_batches, "total_memory", lambda device: total)
+
+
+def test_auto_is_found_once_and_kept_by_a_resumed_run(tiny_janus, tmp_path, monkeypatch, capsys):
+    room_for(tiny_janus, 3, monkeypatch)
+    monkeypatch.setattr("cotgen_pl.footprint.PIXELS_PER_DECODE", 1)
+    data = PromptData([write_prompts(tmp_path)])
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    module = make_grpo(tiny_janus, micro_batch_size="auto", images_budget=16)
+    sizes = []
+    update = module._statistics
+    module._statistics = lambda policy, part: sizes.append(len(part)) or update(policy, part)
+    make_trainer(tmp_path, keep).fit(module, data)
+    assert module.micro_batch_size == 3
+    assert sizes == [3, 3, 2] * 2
+    assert SaveRunConfig._found_out(None, module)["micro_batch_size"] == 3  # run.json
+    assert "micro_batch_size: auto is 3" in capsys.readouterr().out
+    monkeypatch.setattr(micro_batches, "total_memory", lambda device: 1e15)
+    resumed = make_grpo(tiny_janus, micro_batch_size="auto", images_budget=24)
+    make_trainer(tmp_path).fit(resumed, data, ckpt_path=str(tmp_path / "step=2.ckpt"))
+    assert resumed.micro_batch_size == 3
+    fresh = make_grpo(tiny_janus, micro_batch_size="auto")
+    make_trainer(tmp_path / "fresh").fit(fresh, data)
+    assert fresh.micro_batch_size == 8
+
+
+def test_auto_takes_the_smallest_of_all_processes(tiny_janus, monkeypatch):
+    module = make_grpo(tiny_janus, micro_batch_size="auto")
+    cpu = torch.device("cpu")
+    module._trainer = attached(cpu)
+    monkeypatch.setattr(module, "gather", lambda size: torch.cat([size, torch.tensor([5])]))
+    module._fit_into_memory(module.reward)
+    assert module.micro_batch_size == 5
+
+
+def attached(device: torch.device, **more) -> SimpleNamespace:
+    """What a module asks of its trainer."""
+    strategy = SimpleNamespace(root_device=device)
+    usual = {"precision": "32-true", "world_size": 1, "num_nodes": 1, "callbacks": []}
+    return SimpleNamespace(strategy=strategy, **(usual | more))
+
+
+def test_a_gpu_without_room_refuses_before_weights_load(tiny_janus, monkeypatch):
+    module = make_grpo(tiny_janus, micro_batch_size=4)
+    module._trainer = attached(torch.device("cuda"))
+    monkeypatch.setattr(micro_batches, "total_memory", lambda device: 1e6)
+    with pytest.raises(ValueError, match=r"fits into 0.001 GB, got one that is planned"):
+        module._fit_into_memory(module.reward)
+    assert module.policy.model is None
+    monkeypatch.setattr(micro_batches, "total_memory", lambda device: 1e12)
+    module._fit_into_memory(module.reward)
+    assert module.micro_batch_size == 4
+
+
+def test_pairs_are_fitted_in_pairs(tiny_janus, monkeypatch):
+    module = make_dpo(tiny_janus, micro_batch_size="auto")
+    data = SimpleNamespace(pairs_per_update=6)
+    module._trainer = attached(torch.device("cpu"), datamodule=data)
+    monkeypatch.setattr(module, "gather", lambda size: size)
+    module._fit_into_memory(None)
+    assert module.micro_batch_size == 6
+
+
+def test_auto_needs_known_sizes(tiny_janus):
+    class Other(torch.nn.Module):
+        pass
+
+    module = make_grpo(tiny_janus, micro_batch_size="auto")
+    module.policy = Other()
+    module._trainer = attached(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"expected a JanusPolicy.*got Other.*set a number"):
+        module._fit_into_memory(None)
+    assert not issubclass(Other, Policy)
+
+
+@pytest.mark.parametrize("size", [0, "most"])
+def test_other_sizes_are_refused(tiny_janus, size):
+    with pytest.raises(ValueError, match="expected micro_batch_size"):
+        make_grpo(tiny_janus, micro_batch_size=size)
+
+
+def test_memory_of_this_machine_is_known(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    assert total_memory(cpu) > 1e8
+    limit = tmp_path / "memory.max"
+    limit.write_text("123456789\n")
+    monkeypatch.setattr(micro_batches, "CONTAINER_LIMIT", limit)
+    assert total_memory(cpu) == 123456789
+    limit.write_text("max\n")
+    assert total_memory(cpu) > 123456789

@@ -1,0 +1,380 @@
+"""How fast is it here? `python tools/bench.py rollout|update|reward|step --size NAME`.
+
+Times a phase on random weights of a stated size (or on a checkpoint's: --path), warm, several
+times, to the device's last kernel, and holds it to the machine's own limits, which are measured in
+the same run. Nothing is downloaded.
+
+  rollout --against transformers   the same weights and prompts through transformers' generate, in
+                                   turns, after both drew the same greedy tokens
+  step --against naive             a plain GRPO step (cotgen_pl/bench/naive.py) in turns, and what
+                                   each of its habits costs: switched on alone, against the same
+                                   step without any
+
+`over load` in the table of `step` is the peak of two steps less the memory after loading, each in a
+fresh process. Prompts are the Shapes world's. The reward of updates and steps is the mean pixel,
+which costs nothing; `reward` scores random pictures of the size's side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from cotgen_pl.bench.generate import check_agreement, check_generates, generate_tokens
+from cotgen_pl.bench.measuring import (
+    copy_bandwidth,
+    matrix_rate,
+    memory_bytes,
+    peak_bytes,
+    reset_peak,
+    time_alternately,
+)
+from cotgen_pl.bench.naive import pad_left
+from cotgen_pl.bench.report import Row, as_json, describe_machine, format_found
+from cotgen_pl.bench.roofline import Load, Machine, Network, Work, phase_works
+from cotgen_pl.bench.scoring import measure_scoring, read_reward
+from cotgen_pl.bench.sizes import SIZES, make_weights, write_without_weights
+from cotgen_pl.bench.steps import (
+    OURS,
+    PEERS,
+    PRECISIONS,
+    MeasuredGRPO,
+    compare_steps,
+    naive_step,
+    run_in_trainer,
+)
+from cotgen_pl.data.prompts import PromptFile, read_prompts
+from cotgen_pl.interfaces import Prompt, check_positive, freeze
+from cotgen_pl.policies.janus import JanusPolicy
+from cotgen_pl.sampling import LogprobMode, check_guidance, sample_tokens
+
+if __package__:  # as a module of tools/
+    from tools.main import find_mistake
+else:  # as a script, which has its own folder on the path
+    from main import find_mistake
+
+ASSETS = Path(__file__).resolve().parents[1] / "cotgen_pl" / "shapes" / "assets"
+AGAINST = {"rollout": "transformers", "step": "naive"}
+BATCHES = {"rollout": 16, "update": 16, "reward": 64, "step": 16}
+GROUP_SIZES = {"rollout": 1, "update": 4, "reward": 1, "step": 4}
+
+
+class RandomJanus(JanusPolicy):
+    """A Janus whose weights are made, not read.
+
+    Args:
+        path: A folder with configuration, tokenizer and processor.
+        device: Where they are made.
+        **arguments: Of `JanusPolicy`.
+    """
+
+    def __init__(self, path: str, device: str, **arguments: Any) -> None:
+        super().__init__(path, **arguments)
+        self.weights_device = torch.device(device)
+
+    def load(self) -> JanusPolicy:
+        """Make the weights and decide what trains; a second call does nothing. Returns self."""
+        if self.model is None:
+            tokenizer, dtype = self.processor.tokenizer, getattr(torch, self.dtype)
+            self.model = make_weights(self.config, tokenizer, dtype, self.weights_device)
+            freeze(self.model)
+            self.model.model.vqmodel.float()
+            self._choose_trainable()
+            if self.gradient_checkpointing:
+                self.janus.gradient_checkpointing_enable({"use_reentrant": False})
+        return self.train()
+
+
+# Building -----------------------------------------------------------------------------------------
+
+
+def build_policy(own: argparse.Namespace, folder: Path) -> JanusPolicy:
+    """The policy of a size or a path, not loaded; `folder` takes the files of a made one."""
+    arguments = {"dtype": own.dtype, "gradient_checkpointing": own.recompute}
+    if own.path or own.size == "shapes":
+        return JanusPolicy(own.path or str(ASSETS / "janus"), **arguments)
+    texts = [prompt.text for prompt in read_shapes_prompts()]
+    write_without_weights(SIZES[own.size], texts, folder)
+    return RandomJanus(str(folder), own.device, **arguments)
+
+
+def read_shapes_prompts() -> list[Prompt]:
+    """The Shapes world's training prompts."""
+    return read_prompts(PromptFile(str(ASSETS / "prompts" / "train.jsonl"), "jsonl"))
+
+
+def pick_prompts(own: argparse.Namespace) -> list[Prompt]:
+    """One per group of the batch."""
+    return read_shapes_prompts()[: own.batch // own.group_size]
+
+
+def count_work(
+    own: argparse.Namespace, policy: JanusPolicy, prompts: Sequence[Prompt]
+) -> dict[str, Work]:
+    """The work of each phase, in the type that is computed in."""
+    load = Load(
+        images=own.batch,
+        prompts=len({prompt.text for prompt in prompts}),
+        prompt=max(len(policy.prompt_ids(prompt.text)) for prompt in prompts),
+        tokens=policy.num_tokens,
+        guided=own.guidance != 1,
+        mode=own.logprobs,
+        recompute=own.recompute,
+    )
+    network = Network.of(policy.janus, getattr(torch, own.dtype).itemsize)
+    return phase_works(network, load)
+
+
+# Phases -------------------------------------------------------------------------------------------
+
+
+def measure_rollout(own: argparse.Namespace, machine: Machine, folder: Path) -> dict[str, Any]:
+    """Draw tokens; beside it transformers' generate, and the decoding of pictures."""
+    device = torch.device(own.device)
+    policy = load_to_draw(own, folder)
+    prompts = pick_prompts(own)
+    texts = [prompt.text for prompt in prompts]
+    drawn: list[Tensor] = []
+
+    def draw() -> None:
+        drawn[:] = sample_tokens(policy, texts, guidance=own.guidance, seeds=range(own.batch))
+
+    runs: dict[str, Callable[[], object]] = {OURS: draw}
+    found: dict[str, Any] = {}
+    if own.against:
+        repeated = [text for text in texts for _ in range(own.group_size)]
+        rows = [policy.prompt_ids(text) for text in repeated]
+        inputs = (policy.janus, *pad_left(rows, policy.pad, device), own.guidance)
+        greedy = generate_tokens(*inputs, greedy=True)
+        equal = check_agreement(policy, repeated, own.guidance, greedy)
+        found["equal_greedy_tokens"] = equal
+        runs[own.against] = lambda: generate_tokens(*inputs)
+    timings = time_alternately(runs, own.repeats, device)
+    decode = {"pictures of tokens": lambda: policy.decode(drawn[0])}
+    work = count_work(own, policy, prompts)["rollout"]
+    least, length = machine.least_seconds(work), policy.num_tokens
+    found["rows"] = [
+        Row(name, timing, own.batch, length, least) for name, timing in timings.items()
+    ]
+    for name, timing in time_alternately(decode, own.repeats, device).items():
+        found["rows"].append(Row(name, timing, own.batch, length))
+    found["bound_by"] = machine.binding(work)
+    if own.against:
+        found["times_faster"] = timings[own.against].median / timings[OURS].median
+    return found
+
+
+def load_to_draw(own: argparse.Namespace, folder: Path) -> JanusPolicy:
+    """The policy on its device with all weights in one type, for nothing trains."""
+    policy = build_policy(own, folder).load().to(own.device)
+    for weight in policy.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(getattr(torch, own.dtype))
+    freeze(policy)
+    return policy
+
+
+def measure_reward(own: argparse.Namespace, machine: Machine, folder: Path) -> dict[str, Any]:
+    """Score random pictures of the size's side in one call, and one by one."""
+    reward = read_reward(own.reward).load()
+    side = build_policy(own, folder).config.vision_config.image_size
+    images = torch.rand(own.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    prompts = [prompt for prompt in pick_prompts(own) for _ in range(own.group_size)]
+    found = measure_scoring(reward, images.to(own.device), prompts, own.repeats)
+    return found | {"picture_side": side}
+
+
+def measure_update(own: argparse.Namespace, machine: Machine, folder: Path) -> dict[str, Any]:
+    """One rollout, and the optimizer's step on it again and again."""
+    found: dict[str, Any] = {}
+
+    def measure(module: MeasuredGRPO, prompts: list[Prompt]) -> None:
+        rollout = module.collect(prompts)
+        runs = {OURS: lambda: module.update(rollout)}
+        timings = time_alternately(runs, own.repeats, module.device)
+        assert isinstance(module.policy, JanusPolicy)
+        least = machine.least_seconds(count_work(own, module.policy, prompts)["update"])
+        found["rows"] = [Row(OURS, timings[OURS], own.batch, module.policy.num_tokens, least)]
+
+    train(own, folder, measure)
+    return found
+
+
+def measure_step(own: argparse.Namespace, machine: Machine, folder: Path) -> dict[str, Any]:
+    """Whole steps, in turns with the naive one and its variants."""
+    names = [OURS, *PEERS] if own.against else [OURS]
+    # First, while this process holds no model: each of the others loads one.
+    memory = {name: measure_apart(own, name) for name in names}
+    found: dict[str, Any] = {}
+
+    def measure(module: MeasuredGRPO, prompts: list[Prompt]) -> None:
+        phases: dict[str, list[float]] = defaultdict(list)
+        runs = {name: step_run(module, prompts, name, phases) for name in names}
+        timings = time_alternately(runs, own.repeats, module.device)
+        assert isinstance(module.policy, JanusPolicy)
+        works = count_work(own, module.policy, prompts).values()
+        least, tokens = sum(map(machine.least_seconds, works)), module.policy.num_tokens
+        found["rows"] = [
+            Row(name, timing, own.batch, tokens, least, memory[name])
+            for name, timing in timings.items()
+        ]
+        # Without the run to warm up.
+        found["phases_s"] = {name: statistics.median(spent[1:]) for name, spent in phases.items()}
+        found.update(compare_steps(timings, memory) if own.against else {})
+
+    train(own, folder, measure)
+    return found
+
+
+def step_run(
+    module: MeasuredGRPO, prompts: list[Prompt], name: str, phases: dict[str, list[float]]
+) -> Callable[[], object]:
+    """One whole step of a candidate; ours adds the seconds of its phases to `phases`."""
+    if name != OURS:
+        step = naive_step(module, prompts, PEERS[name])
+        return lambda: step.run(module.noise_seeds(prompts, module.group_size, "rollout"))
+
+    def run() -> None:
+        module.run_step(prompts)
+        for phase, spent in module.seconds.items():
+            phases[phase].append(spent)
+
+    return run
+
+
+def train(
+    own: argparse.Namespace, folder: Path, measure: Callable[[MeasuredGRPO, list[Prompt]], None]
+) -> None:
+    """Measure inside of a GRPO run by the command line's settings."""
+    run_in_trainer(
+        build_policy(own, folder),
+        pick_prompts(own),
+        measure,
+        folder,
+        device=own.device,
+        dtype=own.dtype,
+        guidance=own.guidance,
+        images_per_update=own.batch,
+        group_size=own.group_size,
+        micro_batch_size=own.micro_batch_size,
+        logprobs=own.logprobs,
+    )
+
+
+def measure_apart(own: argparse.Namespace, name: str) -> int:
+    """Bytes of a candidate's first two steps over those after loading, in a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(extra_bytes, own, name).result()
+
+
+def extra_bytes(own: argparse.Namespace, name: str) -> int:
+    """What `measure_apart` does there; from the second step on, Adam's state is there."""
+    found: list[int] = []
+
+    def measure(module: MeasuredGRPO, prompts: list[Prompt]) -> None:
+        run = step_run(module, prompts, name, defaultdict(list))
+        loaded = memory_bytes(module.device)
+        reset_peak(module.device)
+        run()
+        run()
+        found.append(peak_bytes(module.device)[0] - loaded)
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(own, Path(folder), measure)
+    return found[0]
+
+
+PHASES = {
+    "rollout": measure_rollout,
+    "update": measure_update,
+    "reward": measure_reward,
+    "step": measure_step,
+}
+
+# Command line -------------------------------------------------------------------------------------
+
+
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked before anything is built."""
+    parser = argparse.ArgumentParser(description="How fast a phase is here.", allow_abbrev=False)
+    modes = get_args(LogprobMode)
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--size", choices=["shapes", *SIZES], default="shapes")
+    parser.add_argument("--path", help="a checkpoint's folder in place of --size")
+    parser.add_argument("--batch", type=int, help=f"images; by default {BATCHES}")
+    parser.add_argument("--group_size", type=int, help=f"of one prompt; by default {GROUP_SIZES}")
+    parser.add_argument("--guidance", type=float, default=5.0, help="1 is none")
+    parser.add_argument("--logprobs", choices=modes, default="conditional", help="that train")
+    parser.add_argument("--micro_batch_size", type=int, help="images per pass in updates")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--reward", default="configs/rewards/shapes_broad.yaml", help="its YAML")
+    parser.add_argument("--against", choices=AGAINST.values(), help="what to compare with")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs after one to warm up")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
+    parser.add_argument("--dtype", choices=PRECISIONS, default="float32")
+    parser.add_argument("--json", type=Path, help="a file to write all numbers to")
+    own = parser.parse_args(arguments)
+    own.batch = BATCHES[own.phase] if own.batch is None else own.batch
+    own.group_size = GROUP_SIZES[own.phase] if own.group_size is None else own.group_size
+    check_arguments(own)
+    return own
+
+
+def check_arguments(own: argparse.Namespace) -> None:
+    """Raise a ValueError for what cannot be measured."""
+    check_positive(batch=own.batch, group_size=own.group_size, repeats=own.repeats)
+    check_guidance(own.guidance)
+    if own.batch % own.group_size:
+        raise ValueError(
+            f"expected --batch to be a multiple of --group_size {own.group_size}, got "
+            f"{own.batch}; set --group_size to a divisor of it"
+        )
+    if own.against and own.against != AGAINST.get(own.phase):
+        raise ValueError(
+            f"expected --against {AGAINST.get(own.phase, 'to be left out')} beside {own.phase}, "
+            f"got {own.against}; transformers draws and the naive step is whole: use `rollout "
+            "--against transformers` or `step --against naive`"
+        )
+    if own.against == "transformers":
+        check_generates(own.guidance)
+    if own.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("expected a GPU for --device cuda, got none; use --device cpu")
+
+
+def bench(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read a command line, measure, print and write; returns what the JSON file holds."""
+    own = read_arguments(arguments)
+    device, dtype = torch.device(own.device), getattr(torch, own.dtype)
+    machine = Machine(copy_bandwidth(device), matrix_rate(device, dtype))
+    content = {"settings": vars(own), "machine": describe_machine(machine, device)}
+    with tempfile.TemporaryDirectory() as folder:
+        found = PHASES[own.phase](own, machine, Path(folder))
+    model = own.path or own.size
+    print(f"{own.phase} of {model}: {own.batch} images, guidance {own.guidance:g}, {own.dtype}")
+    print(format_found(content["machine"], found))
+    content |= found | {"rows": [row.as_dict() for row in found["rows"]]}
+    if own.json:
+        own.json.write_text(as_json(content))
+    return content
+
+
+if __name__ == "__main__":
+    try:
+        bench()
+    except (ValueError, OSError) as error:
+        mistake = find_mistake(error)
+        if mistake is None:
+            raise
+        sys.exit(f"error: {mistake}")
