@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,6 @@ def run_in_trainer(
         dtype: A key of `PRECISIONS`.
         **settings: Of `GRPOModule`.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     module = MeasuredGRPO(
         policy,
         MeanPixel(),
@@ -82,20 +82,33 @@ def run_in_trainer(
         **settings,
     )
     module.measure = measure
-    trainer = Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        precision=PRECISIONS[dtype],  # type: ignore[arg-type]  # a Literal of many strings
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's advice is for training
+    with _quiet():
+        trainer = Trainer(
+            accelerator="gpu" if device == "cuda" else "cpu",
+            devices=1,
+            precision=PRECISIONS[dtype],  # type: ignore[arg-type]  # a Literal of many strings
+            max_epochs=1,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=folder,
+        )
         trainer.fit(module, DataLoader([prompts], batch_size=None))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's messages and advice, which are for training."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def naive_step(module: GRPOModule, prompts: list[Prompt], habits: Habits) -> NaiveStep:
