@@ -16,11 +16,13 @@ rules are those of github.com/Karine-Huang/T2I-CompBench at 1b70949. What differ
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import mul
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,6 +224,7 @@ class CompBenchReward(ModelReward):
             PhraseFile(phrase_file) if phrase_file else None,
             read_noun_list(nouns) if "numeracy" in self.terms else {},
         )
+        self.words = _digest_files(phrase_file, nouns if "numeracy" in self.terms else None)
         self._kept: Kept[Tensor] = Kept()  # text to [1, D]
 
     def check_prompt(self, prompt: Prompt) -> None:
@@ -382,3 +385,11 @@ def _describe(found: FoundByNoun, size: tuple[int, int], images: Tensor) -> list
         }
         for item in items
     ]
+
+
+def _digest_files(*paths: str | None) -> str:
+    """What the files that prompts are read by hold, in 16 hexadecimal digits for records."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in filter(None, paths):
+        digest.update(Path(path).expanduser().read_bytes())
+    return digest.hexdigest()

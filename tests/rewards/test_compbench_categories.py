@@ -294,6 +294,16 @@ def test_the_template_gives_phrases_and_leaves_others_out(files):
     assert "the template does not fit" in scores.details[1]["failure"]
 
 
+def test_what_the_files_of_words_hold_is_on_record(files, tmp_path):
+    other = tmp_path / "new_objects.txt"
+    other.write_text(NOUNS + "\nowl - owls\n")
+    same, changed = (
+        CompBenchReward(**files | {"nouns": nouns}, categories=["numeracy"]).words
+        for nouns in (files["nouns"], str(other))
+    )
+    assert CompBenchReward(**files, categories=["numeracy"]).words == same != changed
+
+
 def test_a_phrase_file_gives_phrases_under_the_published_name(files, phrase_file):
     prompts = [Prompt(text, category="texture") for text in (COMPLEX, "a new one", "cup and dog")]
     blip = Says(cup=0.5, table=0.5)
