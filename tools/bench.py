@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -60,9 +59,9 @@ from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.sampling import LogprobMode, check_guidance, sample_tokens
 
 if __package__:  # as a module of tools/
-    from tools.main import find_mistake
+    from tools.main import run_command
 else:  # as a script, which has its own folder on the path
-    from main import find_mistake
+    from main import run_command
 
 ASSETS = Path(__file__).resolve().parents[1] / "cotgen_pl" / "shapes" / "assets"
 AGAINST = {"rollout": "transformers", "step": "naive"}
@@ -371,10 +370,4 @@ def bench(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        bench()
-    except (ValueError, OSError) as error:
-        mistake = find_mistake(error)
-        if mistake is None:
-            raise
-        sys.exit(f"error: {mistake}")
+    run_command(bench)

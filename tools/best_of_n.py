@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,9 +32,9 @@ from cotgen_pl.files import read_rows, without_nan, write_whole
 from cotgen_pl.monitors import mean_error
 
 if __package__:  # as a module of tools/
-    from tools.main import find_mistake
+    from tools.main import run_command
 else:  # as a script, which has its own folder on the path
-    from main import find_mistake
+    from main import run_command
 
 SCORES = "scores.jsonl"
 RANDOM = "random"
@@ -272,10 +271,4 @@ def best_of_n(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Cur
 
 
 if __name__ == "__main__":
-    try:
-        best_of_n()
-    except (ValueError, OSError) as error:
-        mistake = find_mistake(error)
-        if mistake is None:
-            raise
-        sys.exit(f"error: {mistake}")
+    run_command(best_of_n)

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -253,12 +254,21 @@ def _raised_here(error: BaseException) -> bool:
     return module == __name__ or module.partition(".")[0] == cotgen_pl.__name__
 
 
-if __name__ == "__main__":
-    sys.path.append(str(Path.cwd()))  # where a user's own classes lie; else only tools/ is there
+def run_command(command: Callable[[], Any]) -> Any:
+    """What a tool's command gives; a user's mistake ends the program with one line.
+
+    Args:
+        command: Raises a ValueError of ours, or an OSError, for what the user can put right.
+    """
     try:
-        main()
+        return command()
     except (ValueError, OSError) as error:
         mistake = find_mistake(error)
         if mistake is None:
             raise
         sys.exit(f"error: {mistake}")
+
+
+if __name__ == "__main__":
+    sys.path.append(str(Path.cwd()))  # where a user's own classes lie; else only tools/ is there
+    run_command(main)

@@ -50,9 +50,9 @@ from cotgen_pl.rewards.base import ModelReward
 from cotgen_pl.savings import format_savings
 
 if __package__:  # as a module of tools/
-    from tools.main import CommandLine, find_mistake, main
+    from tools.main import CommandLine, main, run_command
 else:  # as a script, which has its own folder on the path
-    from main import CommandLine, find_mistake, main
+    from main import CommandLine, main, run_command
 
 # Counted on models built without weights from the published config.json, whose layers and widths
 # are those of Table 1 of arXiv 2501.17811; tests/tools/test_plan.py counts again.
@@ -373,10 +373,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     sys.path.append(str(Path.cwd()))  # where a user's own classes lie; else only tools/ is there
-    try:
-        sys.exit(0 if all(found["fits"] for found in plan()) else 1)
-    except (ValueError, OSError) as error:
-        mistake = find_mistake(error)
-        if mistake is None:
-            raise
-        sys.exit(f"error: {mistake}")
+    sys.exit(0 if all(found["fits"] for found in run_command(plan)) else 1)

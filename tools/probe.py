@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,9 +34,9 @@ from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.monitors import best_of_uplift, rank_agreement
 
 if __package__:  # as a module of tools/
-    from tools.main import CommandLine, find_mistake, main
+    from tools.main import CommandLine, main, run_command
 else:  # as a script, which has its own folder on the path
-    from main import CommandLine, find_mistake, main
+    from main import CommandLine, main, run_command
 
 TRAINED = "trained"
 # Above this share of pictures without verdict, GRPO and pair building stop by default.
@@ -333,10 +332,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    try:
-        probe()
-    except (ValueError, OSError) as error:
-        mistake = find_mistake(error)
-        if mistake is None:
-            raise
-        sys.exit(f"error: {mistake}")
+    run_command(probe)

@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import math
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,9 +42,9 @@ from cotgen_pl.sampling import noise_seed
 from cotgen_pl.scoring import ask
 
 if __package__:  # as a module of tools/
-    from tools.main import find_mistake
+    from tools.main import run_command
 else:  # as a script, which has its own folder on the path
-    from main import find_mistake
+    from main import run_command
 
 # How the prompts of each layout's benchmark are written.
 FORMATS: dict[str, Format] = {
@@ -347,10 +346,4 @@ def _write_text(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        score()
-    except (ValueError, OSError) as error:
-        mistake = find_mistake(error)
-        if mistake is None:
-            raise
-        sys.exit(f"error: {mistake}")
+    run_command(score)
