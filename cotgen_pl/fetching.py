@@ -26,11 +26,15 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 REVISION = re.compile(r"\w[\w./-]*")
 WILD = re.compile(r"[*?\[]")
+# The same weights as in safetensors, for other readers; no loader of this package opens them then.
+OTHER_FORMATS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".pt", ".pth", ".tflite")
 
 
 @dataclass(frozen=True)
 class RecipeFile:
     """One file, or all of a hub repository that match a pattern.
+
+    Where weights lie there in safetensors, a pattern leaves out those in other formats.
 
     Args:
         target: Where it goes inside the folder of downloads; for a pattern a folder.
@@ -302,7 +306,7 @@ class Fetcher:
                 f"run `hf download {entry.hub} --include '{entry.file}' --local-dir FOLDER`, put "
                 f"FOLDER at {self.place(entry.target)} and run the same command again"
             ) from error
-        chosen = sorted(fnmatch.filter(names, entry.file or ""))
+        chosen = sorted(in_one_format(fnmatch.filter(names, entry.file or "")))
         for name in chosen:
             check_target(name)
         if not chosen:
@@ -320,6 +324,17 @@ class Fetcher:
         names = [path.relative_to(folder).as_posix() for path in files]
         visible = [name for name in names if not name.startswith(".") and "/." not in name]
         return sorted(fnmatch.filter(visible, entry.file or ""))
+
+
+def in_one_format(names: Sequence[str]) -> list[str]:
+    """Those of a repository's files that are wanted: with safetensors, no weights in other formats.
+
+    >>> in_one_format(["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx"])
+    ['config.json', 'model.safetensors']
+    """
+    if not any(name.endswith(".safetensors") for name in names):
+        return list(names)
+    return [name for name in names if not name.endswith(OTHER_FORMATS)]
 
 
 def hash_file(path: Path) -> str:

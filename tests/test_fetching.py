@@ -209,6 +209,13 @@ def test_patterns_fetch_what_matches_at_one_commit(server, fetch, tmp_path):
     assert len(fetch(entry)) == 2  # by the lock alone
 
 
+def test_patterns_fetch_weights_in_one_format(server, fetch, tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": CONTENT, "pytorch_model.bin": b"same"}
+    server.serve_repository("owner/model", files)
+    assert len(fetch(RecipeFile("model", hub="owner/model", file="*"))) == 2
+    assert left_over(tmp_path / "weights") == ["config.json", "model.safetensors"]
+
+
 def test_patterns_take_what_was_placed_by_hand(fetch, tmp_path):
     folder = tmp_path / "weights" / "model"
     entry = RecipeFile("model", hub="owner/model", file="*.json")

@@ -196,6 +196,7 @@ def save_processor(
         tokenizer,
         chat_template=_chat_template(template),
         num_image_tokens=config.vision_config.num_image_tokens,
+        use_default_system_prompt=True,  # before questions, as the original's own inference has it
     )
     assert recognise_template(processor, str(source)) == template
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ROLES}

@@ -53,7 +53,7 @@ def check_facts(prompts: Sequence[Prompt], required_facts: Sequence[str], reward
 
 def check_scorable(prompts: Sequence[Prompt], reward: Reward) -> None:
     """Raise a ValueError naming file and line unless a reward can judge by all prompts' facts."""
-    check_facts(prompts, reward.required_facts, type(reward).__name__)
+    check_facts(prompts, reward.required_facts, reward.name)
     for number, prompt in enumerate(prompts):
         try:
             reward.check_prompt(prompt)

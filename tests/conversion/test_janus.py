@@ -153,6 +153,8 @@ def test_prompts_have_the_roles_asked_for(original, template, prompt, tmp_path):
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids[1:]) == prompt
     assert tokenizer.pad_token == "<｜▁pad▁｜>"
+    asked = processor(text=[text], generation_mode="text")["input_ids"][0]
+    assert tokenizer.decode(asked[1:]).startswith("You are a helpful language and vision assistant")
 
 
 def test_the_policy_loads_it(converted):
