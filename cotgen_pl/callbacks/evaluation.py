@@ -29,6 +29,7 @@ from cotgen_pl.callbacks.suites import (
 from cotgen_pl.callbacks.tables import (
     format_table,
     format_tables,
+    full_name,
     warn_of_equal,
     write_verdicts,
 )
@@ -66,8 +67,10 @@ class SuiteEvaluation(Observer):
     it was, if weights, prompts, rewards and seeds are the same: its verdicts so far lie in
     `evaluation/unfinished`. At the end of a run and in `validate` the tables of
     `cotgen_pl.callbacks.tables` are printed, and every picture's verdict stands in
-    `evaluation/<suite>.json` and `.csv`. With `prompts_per_category`, the evaluations in between
-    score other prompts than those, so that their means compare with each other alone.
+    `evaluation/<suite>.json` and `.csv`. With `prompts_per_category`, all of the above is of the
+    prompts that every evaluation scores, so that the points of a curve, and `ModelCheckpoint`'s
+    best, compare with each other; the start and the end log the means over all prompts beside it,
+    as `val/full/...`.
 
     Args:
         suites: What is scored.
@@ -220,10 +223,9 @@ class SuiteEvaluation(Observer):
         """
         stores = {suite.name: self._store(module, suite) for suite in self.suites if thoroughly}
         judged = [self._judge(module, suite, stores.get(suite.name)) for suite in self.suites]
-        metrics: Metrics = {}
-        for suite in judged:
-            metrics |= suite.metrics()
-        metrics |= domain_means(judged) | self._watched_means(judged)
+        metrics = self._means([suite.part(self.samples[suite.suite.name]) for suite in judged])
+        if thoroughly and self.samples != self.prompts:
+            metrics |= {full_name(name): mean for name, mean in self._means(judged).items()}
         if self.kl_images:
             metrics |= self._divergences(module)
         if any("trained" in suite.verdicts for suite in judged):
@@ -240,6 +242,13 @@ class SuiteEvaluation(Observer):
         prompts = (self.prompts if thoroughly else self.samples)[suite.name]
         rewards, copies = self._rewards(module, suite), self._copies(suite, thoroughly=thoroughly)
         return judge_suite(module, suite, prompts, rewards, copies, self.batch_size, store)
+
+    def _means(self, judged: Sequence[JudgedSuite]) -> Metrics:
+        """What the suites' verdicts come to."""
+        metrics: Metrics = {}
+        for suite in judged:
+            metrics |= suite.metrics()
+        return metrics | domain_means(judged) | self._watched_means(judged)
 
     def _copies(self, suite: Suite, *, thoroughly: bool) -> int:
         if thoroughly:

@@ -170,15 +170,27 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
 
 
+def full_name(name: str) -> str:
+    """How a score is logged where it is of all prompts, while others are of a sample.
+
+    >>> full_name("val/ood/mean")
+    'val/full/ood/mean'
+    """
+    return f"val/full/{name.removeprefix('val/')}"
+
+
 def format_table(first: Metrics, last: Metrics) -> str:
     """Scores at the start and at the end, one line per category.
 
-    A part that is the suite's mean under another name, at both times, has no line.
+    A part that is the suite's mean under another name, at both times, has no line; nor has the
+    score of a sample beside that of all prompts.
     """
     lines = (
         [f"{'':44s}{'start':>8s}{'end':>8s}{'change':>9s}"] if first else [f"{'':44s}{'score':>8s}"]
     )
     for name, value in last.items():
+        if full_name(name) in last:
+            continue
         suite, is_part, _ = name.rpartition("/parts/")
         if is_part and all(m.get(name) == m.get(f"{suite}/mean") for m in (first, last)):
             continue
@@ -194,12 +206,15 @@ def format_table(first: Metrics, last: Metrics) -> str:
 def warn_of_equal(judged: JudgedSuite) -> None:
     """One score for all pictures is seldom what they deserve."""
     totals = judged.verdicts[OWN]["total"]
-    scores = totals[~totals.isnan()].unique()
+    known = totals[~totals.isnan()]
+    scores = known.unique()
     if len(scores) < 2 and totals.numel() > 1:
-        got = f"{scores.item():g} for" if len(scores) else "no verdict on"
+        got = f"no verdict on all {totals.numel()} pictures"
+        if len(scores):
+            got = f"{scores.item():g} for all {len(known)} pictures with a verdict"
         rank_zero_warn(
-            f"suite {judged.suite.name}: expected scores that differ, got {got} all "
-            f"{totals.numel()} pictures; look at some of them, and at the scorer's own weights"
+            f"suite {judged.suite.name}: expected scores that differ, got {got}; look at some of "
+            "them, and at the scorer's own weights"
         )
 
 

@@ -154,7 +154,7 @@ def test_a_sample_of_mixed_categories_keeps_order_and_numbers():
     assert [prompt.index for prompt in sample_prompts(prompts, 2)] == [0, 1, 4, 5]
 
 
-def test_the_middle_of_a_run_scores_the_sample_and_its_ends_all(tiny_janus, tmp_path):
+def test_all_evaluations_of_a_run_score_the_sample_and_its_ends_all_beside_it(tiny_janus, tmp_path):
     """Same prompts, same noise: the sample's pictures are those of the same prompts in full."""
     module = make_grpo(tiny_janus, images_budget=24, optimizer=sgd(0.0))
     evaluation = evaluation_of(
@@ -163,12 +163,33 @@ def test_the_middle_of_a_run_scores_the_sample_and_its_ends_all(tiny_janus, tmp_
     rows = fit(module, tmp_path, evaluation).logger.rows
     near = brute_force(module, [text for text, _ in ROWS], 2)
     far = brute_force(module, [text for text, _ in ROWS[::-1][:3]], 2)
-    for step, color, count, away in ((1, [0], [1], [0]), (3, [0, 3], [1, 2], [0, 1, 2])):
-        assert rows[step]["val/id/near/color"] == pytest.approx(near[color].mean().item(), abs=1e-6)
-        assert rows[step]["val/id/near/count"] == pytest.approx(near[count].mean().item(), abs=1e-6)
-        assert rows[step]["val/ood/mean"] == pytest.approx(far[away].mean().item(), abs=1e-6)
+    sample, whole = ("val", [0], [1], [0]), ("val/full", [0, 3], [1, 2], [0, 1, 2])
+    for step, (names, color, count, away) in ((0, sample), (1, sample), (3, sample), (3, whole)):
+        scores = [near[color].mean().item(), near[count].mean().item(), far[away].mean().item()]
+        logged = ("id/near/color", "id/near/count", "ood/mean")
+        assert [rows[step][f"{names}/{name}"] for name in logged] == pytest.approx(scores, abs=1e-6)
     assert rows[0] == {name: rows[3][name] for name in rows[0]}
-    assert rows[1]["val/id/near/color"] == rows[2]["val/id/near/color"]
+    assert not [name for step in (1, 2) for name in rows[step] if name.startswith("val/full/")]
+
+
+def test_what_the_best_checkpoint_is_chosen_by_is_of_the_same_prompts_at_all_times(
+    tiny_janus, tmp_path, capsys
+):
+    monitored = []
+
+    class Monitor(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            monitored.append(trainer.callback_metrics["val/ood/mean"].item())
+
+    module = make_grpo(tiny_janus, images_budget=24, optimizer=sgd(0.0))
+    evaluation = evaluation_of(
+        tmp_path, every_n_updates=1, prompts_per_category=1, final_images_per_prompt=2
+    )
+    rows = fit(module, tmp_path, evaluation, Monitor()).logger.rows
+    assert monitored == pytest.approx([rows[1]["val/ood/mean"]] * 3)
+    assert rows[3]["val/full/ood/mean"] != pytest.approx(monitored[-1], abs=1e-4)
+    table = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert "full/ood/mean" in table and "ood/mean" not in table
 
 
 def test_a_suite_may_have_a_number_of_images_of_its_own(module, tmp_path):

@@ -128,7 +128,10 @@ def test_a_category_of_one_prompt_has_no_interval():
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([[0.5, 0.5], [0.5, NAN]], "suite s: expected scores that differ, got 0.5 for all 4"),
+        (
+            [[0.5, 0.5], [0.5, NAN]],
+            "suite s: expected scores that differ, got 0.5 for all 3 pictures with",
+        ),
         ([[NAN, NAN], [NAN, NAN]], "suite s: expected scores that differ, got no verdict on all 4"),
     ],
 )
