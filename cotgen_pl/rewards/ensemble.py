@@ -74,6 +74,15 @@ class Ensemble(Reward):
         for reward in self.rewards.values():
             reward.check_prompt(prompt)
 
+    def metric_name(self, category: str) -> str:
+        """The category, or what rewards with a weight call their own score of it instead."""
+        names = [
+            reward.metric_name(category)
+            for name, reward in self.rewards.items()
+            if self.weights[name] != 0
+        ]
+        return "+".join(dict.fromkeys(n for n in names if n != category)) or category
+
     def load(self) -> Ensemble:
         """Read the weights of every reward; a second call does nothing."""
         for reward in self.rewards.values():

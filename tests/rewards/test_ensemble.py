@@ -65,6 +65,29 @@ def test_weights_are_one_by_default():
     assert scores.weights == {"a": 1.0, "b": 1.0}
 
 
+class Variant(Fixed):
+    """Calls one category's score by another name."""
+
+    def __init__(self, mark):
+        super().__init__(*A)
+        self.mark = mark
+
+    def metric_name(self, category):
+        return f"{category}[{self.mark}]" if category == "color" else category
+
+
+def test_the_name_of_a_score_tells_what_rewards_with_a_weight_say_of_theirs():
+    rewards = {"a": Fixed(*A), "b": Variant("x"), "c": Variant("y"), "d": Variant("x")}
+
+    def name(*weights, category="color"):
+        return Ensemble(rewards, dict(zip("abcd", weights, strict=True))).metric_name(category)
+
+    assert name(1, 1, 0, 0) == "color[x]"
+    assert name(1, 0, 0, 0) == "color"
+    assert name(1, 1, -2, 1) == "color[x]+color[y]"
+    assert name(1, 1, 1, 1, category="shape") == "shape"
+
+
 def test_scores_follow_their_picture():
     ensemble = Ensemble(
         {"first": Brightness(), "second": Brightness()}, {"first": 1.0, "second": -3.0}
