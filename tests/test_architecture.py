@@ -76,6 +76,7 @@ SHARED_INSIDE_THEIR_FOLDER = {
     "cotgen_pl.rewards.open_clip_models",
     "cotgen_pl.rewards.open_vocabulary",
     "cotgen_pl.rewards.perception",
+    "cotgen_pl.rewards.sanity",
     "tools.main",
 }
 FOLDERS_OPEN_INSIDE = {"bench", "conversion", "data", "losses", "rules", "shapes"}

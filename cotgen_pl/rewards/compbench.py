@@ -16,13 +16,11 @@ rules are those of github.com/Karine-Huang/T2I-CompBench at 1b70949. What differ
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +31,11 @@ from cotgen_pl.phrases import PhraseFile
 from cotgen_pl.rewards.base import Kept, ModelReward
 from cotgen_pl.rewards.compbench_prompts import (
     BY_DETECTOR,
-    CATEGORIES,
     Plan,
     PromptReader,
+    check_categories,
+    check_phrase_source,
+    digest_files,
     read_noun_list,
     terms_of,
 )
@@ -50,6 +50,7 @@ from cotgen_pl.rewards.open_clip_models import (
 from cotgen_pl.rewards.open_vocabulary import ORIGINAL as DETECTOR
 from cotgen_pl.rewards.open_vocabulary import FoundByNoun, OpenVocabularyDetector
 from cotgen_pl.rewards.perception import BlipVQA, find_converted
+from cotgen_pl.rewards.sanity import Sanity, SanityCheck
 from cotgen_pl.rules.compbench import (
     LEAST_SPATIAL_SCORE,
     UNKNOWN_IN_DEPTH,
@@ -186,6 +187,10 @@ class CompBenchReward(ModelReward):
         threshold: Detector's score above which a box counts; 0.1 as published for UniDet.
         reference_faults: Restore what the published code does to positions: nouns that UniDet does
             not know are never found, "on top of" is 0, and depth is read with swapped axes.
+        sanity: What to do where `sanity_picture` does not show the detector a `sanity_class`, see
+            `cotgen_pl.rewards.geneval.GenEvalReward`.
+        sanity_picture: A picture file of yours that shows such a thing.
+        sanity_class: Its name, any noun.
         name: Of the total among the parts.
         **residence: See `ModelReward`: batch_size, device, dtype, offload. At most batch_size
             questions are asked at once.
@@ -203,6 +208,9 @@ class CompBenchReward(ModelReward):
         nouns: str = "data/t2i_compbench/new_objects.txt",
         threshold: float = 0.1,
         reference_faults: bool = False,
+        sanity: Sanity = "warn",
+        sanity_picture: str | None = None,
+        sanity_class: str | None = None,
         name: str = "compbench",
         **residence: Any,
     ) -> None:
@@ -210,9 +218,15 @@ class CompBenchReward(ModelReward):
         check_share(threshold=threshold)
         self.categories = check_categories(categories)
         self.terms = terms_of(self.categories)
-        _check_phrase_source(phrases, phrase_file, self.terms)
+        check_phrase_source(phrases, phrase_file, self.terms)
         self.detector, self.clip, self.depth = detector, clip, depth
         self.threshold, self.reference_faults = threshold, reference_faults
+        self._sanity = SanityCheck(sanity, sanity_picture, sanity_class)
+        if sanity_picture is not None and not self.terms & BY_DETECTOR:
+            raise ValueError(
+                "expected no sanity_picture without a category that a detector judges, got "
+                f"{sanity_picture!r}; leave it out"
+            )
         if "blip" in self.terms:
             self.folder = find_converted(path, "blip_vqa", "blip")
         if "clip" in self.terms:
@@ -224,7 +238,7 @@ class CompBenchReward(ModelReward):
             PhraseFile(phrase_file) if phrase_file else None,
             read_noun_list(nouns) if "numeracy" in self.terms else {},
         )
-        self.words = _digest_files(phrase_file, nouns if "numeracy" in self.terms else None)
+        self.words = digest_files(phrase_file, nouns if "numeracy" in self.terms else None)
         self._kept: Kept[Tensor] = Kept()  # text to [1, D]
 
     def check_prompt(self, prompt: Prompt) -> None:
@@ -237,7 +251,7 @@ class CompBenchReward(ModelReward):
         if "blip" in self.terms:
             members["blip"] = BlipVQA.read(self.folder)
         if self.terms & BY_DETECTOR:
-            members["detector"] = OpenVocabularyDetector.read(self.detector)
+            members["detector"] = self._read_detector()
         if "3d_spatial" in self.terms:
             members["depth"] = DepthEstimator.read(self.depth)
         if "clip" in self.terms:
@@ -245,6 +259,20 @@ class CompBenchReward(ModelReward):
             self._clip: OpenClip = read_open_clip(file, "ViT-B-32-quickgelu", quick_gelu=True)
             members["clip"] = self._clip.model
         return nn.ModuleDict(members)
+
+    def _read_detector(self) -> OpenVocabularyDetector:
+        """Read it, and see that it works."""
+        detector = OpenVocabularyDetector.read(self.detector).eval()
+        detector.check()
+        noun = self._sanity.label or ""
+
+        def find(picture: Tensor) -> list[str]:
+            size = (picture.shape[-2], picture.shape[-1])
+            [found] = detector(picture, [[noun]], size, self.threshold)
+            return [noun] if found and found[noun] else []
+
+        self._sanity.run(self.name, find)
+        return detector
 
     def metric_name(self, category: str) -> str:
         """The category; in brackets, what differs from the published metric."""
@@ -344,30 +372,6 @@ class CompBenchReward(ModelReward):
         return judge_depth(found, plan.relation, near, reference_faults=self.reference_faults)
 
 
-def check_categories(categories: Sequence[str] | None) -> tuple[str, ...]:
-    """The categories named, each once, or all of them."""
-    chosen = CATEGORIES if categories is None else tuple(dict.fromkeys(categories))
-    if not chosen or not set(chosen) <= set(CATEGORIES):
-        raise ValueError(
-            f"expected categories out of {CATEGORIES}, got {list(chosen)}; name one or more, or "
-            "leave them out for all"
-        )
-    return chosen
-
-
-def _check_phrase_source(phrases: str | None, phrase_file: str | None, terms: set[str]) -> None:
-    if phrases is not None and phrase_file is not None:
-        raise ValueError(
-            f"expected phrases or phrase_file, got both, {phrases!r} and {phrase_file!r}; leave "
-            "one of them out"
-        )
-    if (phrases or phrase_file) and "blip" not in terms:
-        raise ValueError(
-            f"expected no phrases without a category that asks about them, got "
-            f"{phrases or phrase_file!r}; leave it out"
-        )
-
-
 def _rows_with(term: str, plans: Sequence[Plan]) -> list[int]:
     return [row for row, plan in enumerate(plans) if term in plan.terms and not plan.failure]
 
@@ -385,11 +389,3 @@ def _describe(found: FoundByNoun, size: tuple[int, int], images: Tensor) -> list
         }
         for item in items
     ]
-
-
-def _digest_files(*paths: str | None) -> str:
-    """What the files that prompts are read by hold, in 16 hexadecimal digits for records."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path in filter(None, paths):
-        digest.update(Path(path).expanduser().read_bytes())
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ Apart from compbench.py because this needs no network and decides which of them 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,3 +205,36 @@ def read_noun_list(path: str) -> dict[str, str]:
 def terms_of(categories: Iterable[str]) -> set[str]:
     """All terms that prompts of some categories may have."""
     return {term for category in categories for term in TERMS[category]}
+
+
+def check_categories(categories: Sequence[str] | None) -> tuple[str, ...]:
+    """The categories named, each once, or all of them."""
+    chosen = CATEGORIES if categories is None else tuple(dict.fromkeys(categories))
+    if not chosen or not set(chosen) <= set(CATEGORIES):
+        raise ValueError(
+            f"expected categories out of {CATEGORIES}, got {list(chosen)}; name one or more, or "
+            "leave them out for all"
+        )
+    return chosen
+
+
+def check_phrase_source(phrases: str | None, phrase_file: str | None, terms: set[str]) -> None:
+    """Raise a ValueError for two sources of phrases, or for one that no term needs."""
+    if phrases is not None and phrase_file is not None:
+        raise ValueError(
+            f"expected phrases or phrase_file, got both, {phrases!r} and {phrase_file!r}; leave "
+            "one of them out"
+        )
+    if (phrases or phrase_file) and "blip" not in terms:
+        raise ValueError(
+            f"expected no phrases without a category that asks about them, got "
+            f"{phrases or phrase_file!r}; leave it out"
+        )
+
+
+def digest_files(*paths: str | None) -> str:
+    """What the files that prompts are read by hold, in 16 hexadecimal digits for records."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in filter(None, paths):
+        digest.update(Path(path).expanduser().read_bytes())
+    return digest.hexdigest()

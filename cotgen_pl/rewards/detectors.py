@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotgen_pl.pixels import STEPS, normalise, round_to_bytes
+from cotgen_pl.rewards.sanity import check_answers, two_pictures
 from cotgen_pl.rules.geneval import Found
 
 if TYPE_CHECKING:
@@ -155,20 +156,9 @@ class InstanceDetector(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise a ValueError unless the network tells two pictures apart by finite numbers.
-
-        A detector whose kernels or weights are broken goes on in silence and scores everything 0.
-        """
-        generator = torch.Generator().manual_seed(0)
-        pictures = torch.rand(2, 3, 64, 64, generator=generator)
-        output: Any = self.model(pixel_values=fit_pictures(pictures, plan_size(64, 64)))
-        for values in (output.class_queries_logits, output.masks_queries_logits):
-            if not values.isfinite().all() or torch.equal(values[0], values[1]):
-                raise ValueError(
-                    "expected a detector whose answers are finite and differ between two pictures, "
-                    "got others; convert its weights again, and see that torch computes rightly on "
-                    "this machine"
-                )
+        """Raise a ValueError unless the network tells two pictures apart by finite numbers."""
+        output: Any = self.model(pixel_values=fit_pictures(two_pictures(), plan_size(64, 64)))
+        check_answers(output.class_queries_logits, output.masks_queries_logits)
 
     def forward(self, images: Tensor, least: float) -> list[list[Instance] | None]:
         """The objects in each picture [B, 3, H, W] in [0, 1] with a score above `least`.
@@ -177,7 +167,8 @@ class InstanceDetector(nn.Module):
         """
         height, width = images.shape[-2:]
         sizes = plan_size(height, width)
-        output: Any = self.model(pixel_values=fit_pictures(images, sizes))
+        pixels = fit_pictures(images, sizes).to(self.model.dtype)
+        output: Any = self.model(pixel_values=pixels)
         pairs = zip(output.class_queries_logits, output.masks_queries_logits, strict=True)
         return [
             None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotgen_pl.interfaces import Prompt, Scores, check_choice
-from cotgen_pl.pixels import STEPS, round_to_bytes
+from cotgen_pl.pixels import round_to_bytes
 from cotgen_pl.rewards.base import Kept, ModelReward
 from cotgen_pl.rewards.detectors import Instance, InstanceDetector
 from cotgen_pl.rewards.open_clip_models import (
@@ -31,11 +32,11 @@ from cotgen_pl.rewards.open_clip_models import (
     read_open_clip,
 )
 from cotgen_pl.rewards.perception import find_converted
+from cotgen_pl.rewards.sanity import Sanity, SanityCheck
 from cotgen_pl.rules.geneval import THRESHOLD, Found, graded_reward, judge, keep_sure
 from cotgen_pl.weights import find_weights
 
 Part = Literal["strict", "graded", "exact"]
-Sanity = Literal["stop", "warn", "off"]
 PARTS = ("strict", "graded", "exact")
 MOST_EQUAL = 256  # pictures in a row with one and the same score, before that is told
 COLORS = (
@@ -162,14 +163,13 @@ class GenEvalReward(ModelReward):
     ) -> None:
         super().__init__(name, **residence)
         check_choice("total", total, Part)
-        check_choice("sanity", sanity, Sanity)
         self.path, self.clip, self.total = path, clip, total
         self.reference_faults = reference_faults
         self.labels = read_names(Path(names).expanduser())
         self.folder = find_converted(path, "mask2former", "mask2former")
         find_weights(clip, OPEN_CLIP_FILES, "GenEval CLIP")
-        self.sanity, self.sanity_picture, self.sanity_class = sanity, sanity_picture, sanity_class
-        check_sanity(sanity, sanity_picture, sanity_class, self.labels)
+        self._sanity = SanityCheck(sanity, sanity_picture, sanity_class)
+        _check_known(sanity_class, self.labels)
         self._equal = EqualScores()
 
     def check_prompt(self, prompt: Prompt) -> None:
@@ -192,34 +192,16 @@ class GenEvalReward(ModelReward):
         """Read detector and CLIP, and see that the detector works."""
         detector = InstanceDetector.read(self.folder, self.labels)
         detector.check()
-        self._check_sanity(detector)
+        self._sanity.run(self.name, partial(_labels_in, detector.eval()))
         clip = read_open_clip(
             find_open_clip(self.clip, "GenEval CLIP"), "ViT-L-14-quickgelu", quick_gelu=True
         )
         return nn.ModuleDict({"detector": detector, "classifier": ColorClassifier(clip)})
 
-    @torch.no_grad()
-    def _check_sanity(self, detector: InstanceDetector) -> None:
-        """Stop or warn where the detector does not find what the user says is there."""
-        if self.sanity == "off" or self.sanity_picture is None:
-            return
-        [found] = detector.eval()(read_picture(self.sanity_picture), least=THRESHOLD)
-        labels = sorted({item.label for item in found or ()})
-        if self.sanity_class in labels:
-            return
-        message = (
-            f"reward {self.name}: expected the detector to find a {self.sanity_class} in "
-            f"{self.sanity_picture}, got {labels or 'nothing'}; convert its weights again, and see "
-            "that torch computes rightly on this machine"
-        )
-        if self.sanity == "stop":
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
-
     def score_batch(self, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Find objects in all pictures, then judge one after another."""
         assert isinstance(self.network, nn.ModuleDict)
-        found = self.network["detector"](images.to(self.torch_dtype), least=THRESHOLD)
+        found = self.network["detector"](images, least=THRESHOLD)
         verdicts = [
             self._judge(image, items, prompt)
             for image, items, prompt in zip(images, found, prompts, strict=True)
@@ -272,31 +254,15 @@ def read_names(file: Path) -> list[str]:
     return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def check_sanity(
-    sanity: Sanity, picture: str | None, label: str | None, labels: Sequence[str]
-) -> None:
-    """Raise a ValueError for a check of the detector that cannot be made."""
-    if sanity == "stop" and picture is None:
+def _labels_in(detector: InstanceDetector, picture: Tensor) -> set[str]:
+    """What is in a picture [1, 3, H, W] in [0, 1]."""
+    [found] = detector(picture, least=THRESHOLD)
+    return {item.label for item in found or ()}
+
+
+def _check_known(label: str | None, labels: Sequence[str]) -> None:
+    if label is not None and label not in labels:
         raise ValueError(
-            "expected a sanity_picture beside sanity: stop, got none; name a picture file and, "
-            "under sanity_class, what it shows"
+            f"expected a sanity_class out of the {len(labels)} names of the detector, got "
+            f"{label!r}; take one of them"
         )
-    if (picture is None) != (label is None) or (label is not None and label not in labels):
-        raise ValueError(
-            f"expected sanity_picture with a sanity_class out of the {len(labels)} names of the "
-            f"detector, got {picture!r} with {label!r}; name both or neither"
-        )
-    if picture is not None and not Path(picture).expanduser().is_file():
-        raise ValueError(f"expected a picture at {picture}, got no file; correct sanity_picture")
-
-
-def read_picture(file: str) -> Tensor:
-    """A picture file as [1, 3, H, W] in [0, 1]."""
-    from PIL import Image
-
-    try:
-        picture = Image.open(Path(file).expanduser()).convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{file}: expected a picture, got {error}; name another file") from error
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, picture.height, picture.width, 3).permute(0, 3, 1, 2) / STEPS

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert, nms
 
 from cotgen_pl.pixels import normalise, round_to_bytes
+from cotgen_pl.rewards.sanity import check_answers, two_pictures
 from cotgen_pl.rules.geneval import Found
 
 if TYPE_CHECKING:
@@ -97,6 +98,12 @@ class OpenVocabularyDetector(nn.Module):
         model = read_weights(path, transformers.Owlv2ForObjectDetection, dtype=torch.float32)
         return cls(model, processor.tokenizer, processor.image_processor)
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise a ValueError unless the network tells two pictures apart by finite numbers."""
+        raw = self._answer(two_pictures(), [["person"], ["person"]])
+        check_answers(raw.logits, raw.pred_boxes)
+
     def forward(
         self,
         images: Tensor,
@@ -112,8 +119,7 @@ class OpenVocabularyDetector(nn.Module):
             size: Height and width of the picture in whose pixels boxes are told.
             threshold: Score above which a box counts.
         """
-        pixels = self.fit_pictures(images).to(self.model.dtype)
-        raw: Any = self.model(pixel_values=pixels, **self._tokenize(nouns, images.device))
+        raw = self._answer(images, nouns)
         scores = raw.logits.float().sigmoid()  # [B, n, most nouns]
         boxes = raw.pred_boxes.float()  # [B, n, 4]
         original = (images.shape[-2], images.shape[-1])
@@ -130,6 +136,11 @@ class OpenVocabularyDetector(nn.Module):
                 }
             )
         return found
+
+    def _answer(self, images: Tensor, nouns: Sequence[Sequence[str]]) -> Any:
+        """The network's own output."""
+        pixels = self.fit_pictures(images).to(self.model.dtype)
+        return self.model(pixel_values=pixels, **self._tokenize(nouns, images.device))
 
     def fit_pictures(self, images: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1] as the network reads them, [B, 3, S, S].

@@ -1,12 +1,15 @@
 """CompBenchReward by category: detections, depths and answers by hand; small random networks."""
 
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from transformers import Owlv2ForObjectDetection
 
 from cotgen_pl.conversion.blip import convert_blip_vqa
 from cotgen_pl.data.formats import PromptFile, read_prompts
@@ -15,6 +18,7 @@ from cotgen_pl.interfaces import Prompt
 from cotgen_pl.phrases import PhraseFile, format_phrases
 from cotgen_pl.rewards.compbench import CompBenchReward
 from cotgen_pl.rewards.compbench_prompts import CATEGORIES, PromptReader
+from cotgen_pl.rewards.open_vocabulary import OpenVocabularyDetector
 from cotgen_pl.rules.geneval import Found
 from tests.conversion.original_blip import write_blip_vqa, write_tokenizer
 from tests.rewards.test_clip_score import write as write_clip
@@ -474,6 +478,63 @@ def test_depth_without_numbers_gives_no_verdict(files):
     assert scores.total.isnan().all() and scores.details[0]["failure"] == "a network gave NaN"
 
 
+# Whether the detector works -----------------------------------------------------------------------
+
+
+class Loads(Finds):
+    """A detector in place of the one that `read` would make."""
+
+    def check(self):
+        pass
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.new("L", (48, 40), 90).save(tmp_path / "cup.png")
+    return str(tmp_path / "cup.png")
+
+
+def load(files, monkeypatch, detector, **settings):
+    monkeypatch.setattr(OpenVocabularyDetector, "read", lambda path: detector)
+    return CompBenchReward(**files, categories=["spatial"], **settings).load()
+
+
+@pytest.mark.parametrize("boxes", [{}, {"dog": [(0.9, LEFT)]}])
+def test_a_detector_that_does_not_find_what_is_there_stops_or_warns(
+    files, photo, monkeypatch, boxes
+):
+    known = {"sanity_picture": photo, "sanity_class": "cup"}
+    message = r"expected the detector to find a cup in .*cup.png, got nothing; convert"
+    with pytest.raises(ValueError, match=message):
+        load(files, monkeypatch, Loads(**boxes), sanity="stop", **known)
+    with pytest.warns(UserWarning, match=message):
+        load(files, monkeypatch, Loads(**boxes), **known)
+
+
+def test_a_detector_that_finds_it_goes_on(files, photo, monkeypatch, recwarn):
+    detector = Loads(cup=[(0.9, LEFT)])
+    known = {"sanity_picture": photo, "sanity_class": "cup"}
+    load(files, monkeypatch, detector, sanity="stop", **known)
+    assert detector.asked == [[["cup"]]]
+    load(files, monkeypatch, Loads(), sanity="off", **known)
+    assert not [w for w in recwarn if "detector" in str(w.message)]
+
+
+def test_a_broken_detector_stops_when_it_is_read(files, tmp_path):
+    model = Owlv2ForObjectDetection.from_pretrained(files["detector"])
+    with torch.no_grad():
+        model.class_head.dense0.weight.fill_(math.nan)
+    shutil.copytree(files["detector"], tmp_path / "broken")
+    model.save_pretrained(tmp_path / "broken")
+    broken = files | {"detector": str(tmp_path / "broken")}
+    with pytest.raises(ValueError, match="answers are finite and differ between two pictures"):
+        CompBenchReward(**broken, categories=["numeracy"]).load()
+    CompBenchReward(**broken, categories=["color"]).load()  # which does not ask it
+
+
+# Mistakes -----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -498,6 +559,12 @@ def test_prompts_that_are_none_of_the_benchmark_are_refused(files, prompt, messa
         ({"phrases": "a", "categories": ["spatial"]}, "expected no phrases without a category"),
         ({"phrase_file": "b"}, "expected a phrase file at b, got none"),
         ({"threshold": 2}, "expected threshold from 0 to 1"),
+        ({"sanity": "stop"}, "expected a sanity_picture beside sanity: stop, got none"),
+        ({"sanity_class": "cup"}, "expected sanity_picture with a sanity_class"),
+        (
+            {"categories": ["color"], "sanity_picture": __file__, "sanity_class": "cup"},
+            "expected no sanity_picture without a category that a detector judges",
+        ),
     ],
 )
 def test_settings_that_contradict_are_refused(files, options, message):

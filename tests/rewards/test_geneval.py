@@ -9,7 +9,7 @@ from torch import nn
 from cotgen_pl.interfaces import Prompt
 from cotgen_pl.pixels import to_pillow
 from cotgen_pl.rewards import geneval
-from cotgen_pl.rewards.detectors import Instance
+from cotgen_pl.rewards.detectors import Instance, fit_pictures, plan_size
 from cotgen_pl.rewards.geneval import COLORS, GenEvalReward, cut_out
 from tests.rewards.test_clip_score import write as write_clip
 from tests.rewards.test_detectors import NAMES, build_detector
@@ -155,6 +155,19 @@ def test_a_small_random_detector_runs_and_scores_alike_alone_and_in_a_batch(
         assert torch.equal(values, torch.cat([one.parts[part] for one in alone]))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_detector_in_half_precision_reads_all_steps_of_a_picture(files, pictures, dtype):
+    reward = GenEvalReward(**files, dtype=dtype).load()
+    seen = []
+    model = reward.network["detector"].model
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
+    )
+    assert reward.score(pictures, PROMPTS).total.isfinite().all()
+    full = fit_pictures(pictures, plan_size(40, 48))
+    assert torch.equal(seen[0], full.to(getattr(torch, dtype)))
+
+
 @pytest.mark.parametrize(
     ("clause", "message"),
     [
@@ -238,7 +251,7 @@ def test_the_check_may_be_left_out(files, photo, monkeypatch, recwarn):
         ({"sanity_picture": "a.png"}, "expected sanity_picture with a sanity_class"),
         (
             {"sanity_picture": "a.png", "sanity_class": "cow"},
-            "sanity_class out of the 2 names .* with 'cow'",
+            "expected a picture at a.png, got no file",
         ),
         (
             {"sanity_picture": "/no/a.png", "sanity_class": "cup"},
@@ -251,10 +264,16 @@ def test_a_check_that_cannot_be_made_is_refused(files, settings, message):
         GenEvalReward(**files, **settings)
 
 
-def test_a_file_that_is_no_picture_is_refused(tmp_path):
+def test_a_class_that_the_detector_does_not_know_is_refused(files, photo):
+    with pytest.raises(ValueError, match=r"sanity_class out of the 2 names .* got 'cow'"):
+        GenEvalReward(**files, sanity_picture=photo, sanity_class="cow")
+
+
+def test_a_file_that_is_no_picture_is_refused(files, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_text("no")
+    known = {"sanity_picture": str(tmp_path / "a.png"), "sanity_class": "cup"}
     with pytest.raises(ValueError, match=r"a.png: expected a picture, got"):
-        geneval.read_picture(str(tmp_path / "a.png"))
+        load(files, monkeypatch, Loads(), **known)
 
 
 def test_a_detector_without_numbers_gives_no_verdict(files, pictures):

@@ -151,6 +151,17 @@ def test_numbers_that_are_none_are_told(folder):
         assert detector(draw(48, 48, 1), [["cup"]], (479, 479), 0.1) == [None]
 
 
+@pytest.mark.parametrize("broken", [float("nan"), 0.0])
+def test_a_broken_detector_is_found_out(folder, broken):
+    detector = OpenVocabularyDetector.read(str(folder)).eval()
+    detector.check()
+    with torch.no_grad():
+        for parameter in detector.model.owlv2.vision_model.parameters():
+            parameter.fill_(broken)
+    with pytest.raises(ValueError, match="answers are finite and differ between two pictures"):
+        detector.check()
+
+
 def test_another_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "dpt"}')
     with pytest.raises(ValueError, match="expected a owlv2 checkpoint"):
