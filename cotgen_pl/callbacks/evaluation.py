@@ -67,7 +67,7 @@ class SuiteEvaluation(Observer):
     it was, if weights, prompts, rewards and seeds are the same: its verdicts so far lie in
     `evaluation/unfinished`. At the end of a run and in `validate` the tables of
     `cotgen_pl.callbacks.tables` are printed, and every picture's verdict stands in
-    `evaluation/<suite>.json` and `.csv`. With `prompts_per_category`, all of the above is of the
+    `evaluation/<suite>.json` and `.csv`. With `prompts_per_category`, all that is logged is of the
     prompts that every evaluation scores, so that the points of a curve, and `ModelCheckpoint`'s
     best, compare with each other; the start and the end log the means over all prompts beside it,
     as `val/full/...`.
