@@ -6,14 +6,17 @@ of both are drawn from a scorer's own domain and are never those of an evaluatio
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import combinations, islice, product
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cotgen_pl.interfaces import Prompt, Reward
@@ -23,6 +26,7 @@ from cotgen_pl.shapes.recognise import Recognition, recognise
 from cotgen_pl.shapes.render import CELL, GRID, Placed, render
 from cotgen_pl.shapes.scenes import compose, spoil
 
+PROMPTS_FILE, PAIRS_FILE = "prompts.jsonl", "pairs.safetensors"
 FLIPPED_VOTES = 0.1  # share of pairs whose vote goes to the worse picture
 
 Domain = Literal["in_domain", "wide"]
@@ -43,6 +47,19 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @classmethod
+    def read(cls, folder: Path) -> Pairs:
+        """What `write` wrote."""
+        lines = (folder / PROMPTS_FILE).read_text(encoding="utf-8").splitlines()
+        return cls([Prompt(**json.loads(line)) for line in lines], **load_file(folder / PAIRS_FILE))
+
+    def write(self, folder: Path) -> None:
+        """Write them to a new folder: prompts as JSON lines, pictures and scores as tensors."""
+        folder.mkdir(parents=True)
+        lines = [json.dumps(asdict(prompt)) + "\n" for prompt in self.prompts]
+        (folder / PROMPTS_FILE).write_text("".join(lines), encoding="utf-8")
+        save_file({"pictures": self.pictures, "scores": self.scores}, folder / PAIRS_FILE)
 
     def first(self, number: int) -> Pairs:
         """The first `number` pairs, or a ValueError where there are fewer."""

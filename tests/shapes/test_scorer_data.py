@@ -47,6 +47,17 @@ def pairs() -> Pairs:
     return collect_pairs(draw_pictures, draw_prompts("in_domain", "test"), 120, lambda line: None)
 
 
+def test_pairs_come_back_from_a_folder_as_they_were(pairs, tmp_path):
+    pairs.write(tmp_path / "pairs")
+    read = Pairs.read(tmp_path / "pairs")
+    assert torch.equal(read.pictures, pairs.pictures) and torch.equal(read.scores, pairs.scores)
+    assert [(p.text, p.category, p.index) for p in read.prompts] == [
+        (p.text, p.category, p.index) for p in pairs.prompts
+    ]
+    for prompt, before in zip(read.prompts, pairs.prompts, strict=True):  # tuples became lists
+        assert judge(prompt.facts, Recognition([])) == judge(before.facts, Recognition([]))
+
+
 class Fixed(Reward):
     """Scores that are known beforehand."""
 
