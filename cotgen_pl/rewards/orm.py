@@ -37,6 +37,11 @@ HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation: pictures become -1 to 1
 ANSWERS = ("yes", "no")  # lower case, as the judge was tuned
 
 
+def full_question() -> str:
+    """What the judge reads before it answers, with `<image>` and `{prompt}` in it."""
+    return QWEN_CHAT.replace("{question}", read_question("orm"))
+
+
 class ORMReward(ModelReward):
     """The chance of "yes" against "no" as the next word: sigmoid((yes - no) / temperature), 0 to 1.
 
@@ -58,7 +63,7 @@ class ORMReward(ModelReward):
                 f"expected an ORM temperature above 0, got {temperature}; 0.3 is T2I-R1's"
             )
         self.path, self.temperature = find_checkpoint(path, "ORM"), temperature
-        self.question = QWEN_CHAT.replace("{question}", read_question("orm"))
+        self.question = full_question()
 
     def read(self) -> nn.Module:
         """Read weights and tokenizer, and check the tokens that matter."""

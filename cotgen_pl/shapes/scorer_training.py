@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from cotgen_pl.interfaces import Prompt
@@ -54,12 +54,12 @@ class Training:
     """Amounts of both stages, equal for all breadths. All were tuned here; there is no model."""
 
     num_renderings: int = 10_000
-    contrastive_epochs: int = 8
-    contrastive_rate: float = 2e-3
-    """Peak learning rate of the contrastive stage."""
+    rendering_epochs: int = 8
+    rendering_rate: float = 2e-3
+    """Peak learning rate on renderings."""
     preference_epochs: int = 4
     preference_rate: float = 5e-4
-    """Peak learning rate of the preference stage."""
+    """Peak learning rate on pairs."""
     batch_size: int = 64
     """Prompts per step; small ones are better, for binding takes many steps."""
     weight_decay: float = 0.05
@@ -161,37 +161,50 @@ def train_scorer(
         The scorer in evaluation mode, and its description for `save_scorer`.
     """
     breadth = BREADTHS[kind]
+    pairs, votes = vote_on(breadth, pairs_in_domain, pairs_wide, seed)
+    model, config = build_scorer(tokenizer, seed)
+    renderings = draw_both_domains(breadth, training.num_renderings, seed)
+    _learn_renderings(model, tokenizer, *renderings, seed, report, training)
+    _learn_preferences(model, tokenizer, pairs, votes, seed, report, training)
+    return model.eval(), config
+
+
+def draw_both_domains(breadth: Breadth, number: int, seed: int) -> tuple[list[Prompt], Tensor]:
+    """Renderings of both domains, in the proportion of the pairs; see `draw_renderings`."""
+    num_wide = round(number * breadth.wide / sum(breadth))
+    inside = draw_renderings("in_domain", number - num_wide, seed)
+    outside = draw_renderings("wide", num_wide, seed)
+    return inside[0] + outside[0], torch.cat([inside[1], outside[1]])
+
+
+def vote_on(
+    breadth: Breadth, pairs_in_domain: Pairs, pairs_wide: Pairs, seed: int
+) -> tuple[Pairs, Tensor]:
+    """The first pairs of both domains, as many as the breadth asks for, and the votes on them."""
     chosen = {
         "in_domain": pairs_in_domain.first(breadth.in_domain),
         "wide": pairs_wide.first(breadth.wide),
     }
-    model, config = build_scorer(tokenizer, seed)
-    _learn_renderings(model, tokenizer, breadth, seed, report, training)
-    votes = torch.cat([vote(part.scores, f"{name} {seed}") for name, part in chosen.items()])
-    pairs = join_pairs(list(chosen.values()))
-    _learn_preferences(model, tokenizer, pairs, votes, seed, report, training)
-    return model.eval(), config
+    votes = [vote(pairs.scores, f"{domain} {seed}") for domain, pairs in chosen.items()]
+    return join_pairs(list(chosen.values())), torch.cat(votes)
 
 
 def _learn_renderings(
     model: CLIP,
     tokenizer: Any,
-    breadth: Breadth,
+    prompts: Sequence[Prompt],
+    pictures: Tensor,
     seed: int,
     report: Callable[[str], None],
     training: Training,
 ) -> None:
-    num_wide = round(training.num_renderings * breadth.wide / sum(breadth))
-    inside = draw_renderings("in_domain", training.num_renderings - num_wide, seed)
-    outside = draw_renderings("wide", num_wide, seed)
-    tokens = _tokenize(tokenizer, inside[0] + outside[0])
-    pictures = torch.cat([inside[1], outside[1]])
-    _fit(
+    tokens = _tokenize(tokenizer, prompts)
+    fit(
         model,
         lambda chosen: contrastive_loss(model, tokens[chosen], pictures[chosen]),
         len(tokens),
-        epochs=training.contrastive_epochs,
-        rate=training.contrastive_rate,
+        epochs=training.rendering_epochs,
+        rate=training.rendering_rate,
         training=training,
         seed=seed,
         report=lambda line: report(f"contrastive {line}"),
@@ -208,7 +221,7 @@ def _learn_preferences(
     training: Training,
 ) -> None:
     tokens = _tokenize(tokenizer, pairs.prompts)
-    _fit(
+    fit(
         model,
         lambda chosen: preference_loss(
             model, tokens[chosen], pairs.pictures[chosen], votes[chosen]
@@ -265,8 +278,8 @@ def _features(model: CLIP, tokens: Tensor, pictures: Tensor) -> tuple[Tensor, Te
     return model.encode_text(tokens, normalize=True), seen
 
 
-def _fit(
-    model: CLIP,
+def fit(
+    model: nn.Module,
     loss_of: Callable[[Tensor], Tensor],
     number: int,
     *,

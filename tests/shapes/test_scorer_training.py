@@ -29,7 +29,7 @@ from cotgen_pl.shapes.scorer_training import (
 
 SHORT = Training(
     num_renderings=64,
-    contrastive_epochs=1,
+    rendering_epochs=1,
     preference_epochs=12,
     preference_rate=3e-3,
     batch_size=32,
