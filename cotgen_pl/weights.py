@@ -56,7 +56,8 @@ def find_weights(path: str, names: Sequence[str], what: str) -> Path | None:
         return None
     raise ValueError(
         f"{what} weights: expected a file, a folder or a hub repository (owner/name), got {path}, "
-        "which does not exist; correct the path or download the file first"
+        "which does not exist; correct the path, or get the file first by the command at the head "
+        "of its piece in configs/rewards"
     )
 
 

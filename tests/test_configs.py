@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from cotgen_pl.conversion.formats import convert_checkpoint
+from cotgen_pl.rewards.hps import HPSReward
 from tests.conversion.original_blip import write_blip_vqa, write_image_reward, write_tokenizer
 from tests.conversion.test_llava_next import build_weights as build_llava_weights
 from tests.conversion.test_llava_next import write_original
@@ -19,6 +20,7 @@ from tests.rewards.test_detectors import NAMES as DETECTED
 from tests.rewards.test_detectors import build_detector
 from tests.rewards.test_hps import write as write_small_hps
 from tests.rewards.test_open_vocabulary import write as write_owlv2
+from tools.build_shapes import BUILT
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
@@ -107,6 +109,19 @@ def test_best_of_n_learns_from_the_pairs_of_dpo():
     settings = best_of_n["model"]["init_args"]
     assert settings.items() <= dpo["model"]["init_args"].items()
     assert {"reward", "images_budget", "group_size"} <= settings.keys()
+
+
+@pytest.mark.parametrize("name", ["mid", "narrow_more"])
+def test_a_scorer_that_does_not_ship_is_refused_until_it_is_built(name, tmp_path, monkeypatch):
+    piece = (CONFIGS / "rewards" / f"shapes_{name}.yaml").read_text()
+    path = yaml.safe_load(piece)["init_args"]["path"]
+    assert "python tools/build_shapes.py scorers" in piece
+    assert path == str(BUILT / "seed_0" / name)  # where the command puts it
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"got {path}, which does not exist; .* head of its piece"
+    ):
+        HPSReward(path)
 
 
 @pytest.fixture

@@ -1,19 +1,18 @@
-"""Build the Shapes world's checkpoints from nothing: `python tools/build_shapes.py`.
+"""Build the Shapes world from nothing (`world`), or the scorers that do not ship (`scorers`).
 
-Stages, each resumed where it was left: prompts, vq, base, scorers, report. What is finished lies in
-the work folder and is not made again; remove a stage's folder there to repeat it.
+Both go on where they were left. What is finished lies in the work folder and is not made again;
+remove a stage's folder there, and those of the stages after it, to repeat it.
 """
 
 from __future__ import annotations
 
-import functools
 import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jsonargparse import auto_cli
@@ -24,17 +23,25 @@ from cotgen_pl.interfaces import Policy, Prompt, Reward
 from cotgen_pl.losses import dead_groups
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.rewards.hps import HPSReward
-from cotgen_pl.rewards.shapes_oracle import ShapesOracle
+from cotgen_pl.rewards.orm import ORMReward, full_question
+from cotgen_pl.rewards.shapes_oracle import Rules, ShapesOracle
 from cotgen_pl.sampling import noise_seed, sample_tokens
 from cotgen_pl.shapes.checkpoint import build_janus, build_tokenizer, save_janus
 from cotgen_pl.shapes.grammar import draw_prompt, has_b_word, has_held_out_pair, write_suites
+from cotgen_pl.shapes.language_judge import train_judge
 from cotgen_pl.shapes.recognise import recognise
-from cotgen_pl.shapes.scorer_data import Domain, Pairs, collect_pairs, draw_prompts, pair_accuracy
-from cotgen_pl.shapes.scorer_training import BREADTHS, Kind, save_scorer, train_scorer
+from cotgen_pl.shapes.scorer_data import Pairs, collect_pairs, draw_prompts, pair_accuracy
+from cotgen_pl.shapes.scorer_training import BREADTHS, Breadth, Kind, save_scorer, train_scorer
 from cotgen_pl.shapes.vq_training import BLANK, random_pictures, train_vq
 
 Stage = Literal["prompts", "vq", "base", "scorers", "report"]
-STAGES: tuple[Stage, ...] = ("prompts", "vq", "base", "scorers", "report")
+STAGES: tuple[Stage, ...] = get_args(Stage)
+Scorer = Kind | Literal["judge"]
+SHIPPED: tuple[Scorer, ...] = ("narrow", "broad", "judge")
+SHIPPED_SEED = 0
+ASSETS = Path("cotgen_pl/shapes/assets")
+BUILT = Path("runs/shapes_scorers")  # configs/rewards name what is built here
+PairSet = Literal["in_domain", "wide", "held_out_in_domain", "held_out_out_of_domain"]
 
 NUM_TEXTS = 4000  # drawn to train the tokenizer: every word is among them many times
 VQ_STEPS = 3000
@@ -42,19 +49,24 @@ VQ_STEPS = 3000
 # score comes to lie in the middle: rewards then find something that it can do and does not.
 RIGHT_STEPS, MIXED_STEPS, WRONG_SHARE = 4000, 400, 0.85
 IN_DOMAIN_SHARE = 0.8  # of its prompts: GenEval's ask less, and would come to lie far above
-SHIPPED: tuple[Kind, ...] = ("narrow", "broad")
 NUM_HELD_OUT = 1500  # pairs in each domain: a standard error of about a point
 EXPORT = "cotgen_pl.callbacks.export.HuggingFaceExport"
 GUIDANCE = 2.0  # in sampling, pairs and evaluation
+MEASURED: tuple[tuple[str, Rules], ...] = (
+    ("id_validation", "compbench"),
+    ("ood_geneval", "geneval"),
+)
+MOST = Breadth(*map(max, zip(*BREADTHS.values(), strict=True)))  # pairs of each domain
+EQUAL: tuple[Kind, ...] = ("narrow", "mid", "broad")  # in pairs of the training prompts' domain
 
 
-def build_shapes(
+def build_world(
     stages: Sequence[Stage] = STAGES,
     work: Path = Path("runs/build_shapes"),
-    out: Path = Path("cotgen_pl/shapes/assets"),
-    seed: int = 0,
+    out: Path = ASSETS,
+    seed: int = SHIPPED_SEED,
 ) -> None:
-    """Build what the Shapes world ships.
+    """Build what the Shapes world ships, from nothing, and check the gates.
 
     Args:
         stages: What to build, in this order.
@@ -68,11 +80,41 @@ def build_shapes(
         "prompts": build_prompts,
         "vq": build_vq,
         "base": build_base,
-        "scorers": build_scorers,
-        "report": check_gates,
+        "scorers": ship_scorers,
+        "report": check_world,
     }
     for stage in stages:
         makers[stage](work, out, seed)
+
+
+def build_scorers(
+    seeds: Sequence[int] = (SHIPPED_SEED,),
+    work: Path = BUILT,
+    world: Path = ASSETS,
+) -> None:
+    """Build the scorers that do not ship, and check the gates on all of a seed.
+
+    Args:
+        seeds: Of pairs, weights and mistaken votes; those of seed 0 ship, but for two.
+        work: Where they go: a scorer is WORK/seed_SEED/NAME.
+        world: The base policy, the suites, and the scorers that ship.
+    """
+    policy = JanusPolicy(str(world / "janus")).load()
+    suites = [draw_suite(policy, world, *named, SHIPPED_SEED) for named in MEASURED]
+    failed: list[int] = []
+    for seed in seeds:
+        folder = work / f"seed_{seed}"
+        places: dict[Scorer, Path] = {
+            kind: world / "scorers" / kind
+            if seed == SHIPPED_SEED and kind in SHIPPED
+            else make_scorer(kind, policy, folder, seed)
+            for kind in (*BREADTHS, "judge")
+        }
+        report("\n".join(f"seed {seed}, {kind}: {place}" for kind, place in places.items()))
+        if not all(check_scorers(places, policy, folder, seed, suites)):
+            failed.append(seed)
+    if failed:
+        raise ValueError(f"gates failed with the scorers of seeds {failed}; see above")
 
 
 def build_prompts(work: Path, out: Path, seed: int) -> None:
@@ -135,24 +177,45 @@ def fine_tune(
     subprocess.run(command, check=True)
 
 
-def build_scorers(work: Path, out: Path, seed: int) -> None:
-    """Train the shipped HPS-style scorers on pairs of the base's own pictures."""
+def ship_scorers(work: Path, out: Path, seed: int) -> None:
+    """Train the scorers that ship on pairs of the base's own pictures."""
     policy = JanusPolicy(str(out / "janus")).load()
     for kind in SHIPPED:
-        folder = work / "scorers" / kind
-        if not folder.exists():
-            pairs = [make_pairs(policy, domain, work, seed) for domain in ("in_domain", "wide")]
-            scorer = train_scorer(kind, policy.processor.tokenizer, *pairs, seed, report)
-            finish(folder, lambda part, s=scorer: save_scorer(*s, policy.processor.tokenizer, part))
+        folder = make_scorer(kind, policy, work / "scorers", seed)
         shutil.copytree(folder, out / "scorers" / kind, dirs_exist_ok=True)
 
 
-@functools.cache
-def make_pairs(policy: JanusPolicy, domain: Domain, work: Path, seed: int) -> Pairs:
-    """As many pairs of a domain as the largest shipped scorer needs."""
-    number = max(getattr(BREADTHS[kind], domain) for kind in SHIPPED)
-    prompts = draw_prompts(domain, f"pairs {seed}")
-    return collect_pairs(lambda batch: draw(policy, batch, 2, seed), prompts, number, report)
+def make_scorer(kind: Scorer, policy: JanusPolicy, folder: Path, seed: int) -> Path:
+    """Train one scorer into its place in the folder, unless it is there; gives the place."""
+    place = folder / kind
+    if place.exists():
+        return place
+    report(f"scorer {kind}, seed {seed}")
+    pairs = [make_pairs(name, policy, folder, seed) for name in ("in_domain", "wide")]
+    tokenizer = policy.processor.tokenizer
+    if kind == "judge":
+        finish(place, train_judge(tokenizer, full_question(), *pairs, seed, report).save)
+    else:
+        scorer = train_scorer(kind, tokenizer, *pairs, seed, report)
+        finish(place, lambda part: save_scorer(*scorer, tokenizer, part))
+    return place
+
+
+def make_pairs(name: PairSet, policy: Policy, folder: Path, seed: int) -> Pairs:
+    """Pairs of the base's pictures, kept in the folder; as many as the largest scorer needs."""
+    place = folder / "pairs" / name
+    if not place.exists():
+        wide = draw_prompts("wide", f"held out {seed}")
+        prompts, number = {
+            "in_domain": (draw_prompts("in_domain", f"pairs {seed}"), MOST.in_domain),
+            "wide": (draw_prompts("wide", f"pairs {seed}"), MOST.wide),
+            "held_out_in_domain": (draw_prompts("in_domain", f"held out {seed}"), NUM_HELD_OUT),
+            "held_out_out_of_domain": (filter(is_out_of_domain, wide), NUM_HELD_OUT),
+        }[name]
+        report(f"pairs {name}")
+        pairs = collect_pairs(lambda batch: draw(policy, batch, 2, seed), prompts, number, report)
+        finish(place, pairs.write)
+    return Pairs.read(place)
 
 
 def draw(policy: Policy, prompts: Sequence[Prompt], copies: int, seed: int) -> Tensor:
@@ -163,77 +226,111 @@ def draw(policy: Policy, prompts: Sequence[Prompt], copies: int, seed: int) -> T
     return policy.decode(tokens)
 
 
-def check_gates(work: Path, out: Path, seed: int) -> None:
+class DrawnSuite(NamedTuple):
+    """A suite's pictures by the base, and what the exact judge says of them."""
+
+    name: str
+    prompts: list[Prompt]
+    """One per picture."""
+    pictures: Tensor
+    """[prompts * copies, 3, 32, 32] in [0, 1], those of a prompt side by side."""
+    exact: Tensor
+    """[prompts, copies], graded."""
+
+
+def draw_suite(
+    policy: Policy, world: Path, suite: str, rules: Rules, seed: int, copies: int = 8
+) -> DrawnSuite:
+    """Draw a suite, judge it exactly, and print the score of each category."""
+    prompts = read_suite(world, suite)
+    repeated = [prompt for prompt in prompts for _ in range(copies)]
+    pictures = draw(policy, prompts, copies, seed)
+    exact = ShapesOracle(rules).score(pictures, repeated).total.view(-1, copies)
+    for category in dict.fromkeys(prompt.category for prompt in prompts):
+        rows = [prompt.category == category for prompt in prompts]
+        report(f"base, {suite}, {category}: {exact[torch.tensor(rows)].mean():.3f}")
+    return DrawnSuite(suite, repeated, pictures, exact)
+
+
+def check_world(work: Path, out: Path, seed: int) -> None:
     """Measure what was built, and fail unless it is within its bounds."""
     policy = JanusPolicy(str(out / "janus")).load()
+    suites = [draw_suite(policy, out, *named, seed) for named in MEASURED]
     gates = [gate("VQ: objects read back", read_back(policy), 0.99, 1.0)]
-    id_scores = score_suite(policy, out, "id_validation", "compbench", seed)
-    ood_scores = score_suite(policy, out, "ood_geneval", "geneval", seed)
-    base = [scores["judge"].mean().item() for scores in (id_scores, ood_scores)]
-    gates.append(gate("base in domain", base[0], 0.45, 0.65))
-    gates.append(gate("base out of domain", base[1], 0.45, 0.65))
+    base = [suite.exact.mean().item() for suite in suites]
+    gates += [
+        gate(f"base, {suite.name}", suite.exact.mean().item(), 0.45, 0.65) for suite in suites
+    ]
     gates.append(gate("base gap", abs(base[0] - base[1]), 0.0, 0.05))
-    uplifts = {}
-    for domain, scores in (("in domain", id_scores), ("out of domain", ood_scores)):
-        judge = scores["judge"]
-        dead = dead_groups(judge.flatten(), judge.shape[1]).float().mean().item()
-        uplifts[domain] = {name: uplift(judge, by) for name, by in scores.items()}
-        gates.append(gate(f"judge's best of 4, {domain}", uplifts[domain]["judge"], 0.12, 1.0))
-        gates.append(gate(f"dead groups, {domain}", dead, 0.0, 0.3))
-    gates += check_scorers(policy, out, seed, uplifts)
+    for suite in suites:
+        dead = dead_groups(suite.exact.flatten(), suite.exact.shape[1]).float().mean().item()
+        best = uplift(suite.exact, suite.exact)
+        gates.append(gate(f"exact judge's best of 4, {suite.name}", best, 0.12, 1.0))
+        gates.append(gate(f"dead groups, {suite.name}", dead, 0.0, 0.3))
+    places = {kind: out / "scorers" / kind for kind in SHIPPED}
+    gates += check_scorers(places, policy, work / "scorers", seed, suites)
     if not all(gates):
         raise ValueError(f"{gates.count(False)} of {len(gates)} gates failed; see above")
 
 
 def check_scorers(
-    policy: Policy, out: Path, seed: int, uplifts: dict[str, dict[str, float]]
+    places: dict[Scorer, Path],
+    policy: Policy,
+    folder: Path,
+    seed: int,
+    suites: Sequence[DrawnSuite],
 ) -> list[bool]:
-    """Gates on the scorers: equal in skill in domain, apart out of it."""
-    inside = draw_prompts("in_domain", f"held out {seed}")
-    outside_prompts = filter(is_out_of_domain, draw_prompts("wide", f"held out {seed}"))
-    held_out = [
-        collect_pairs(lambda batch: draw(policy, batch, 2, seed), prompts, NUM_HELD_OUT, report)
-        for prompts in (inside, outside_prompts)
-    ]
-    accuracy: dict[Kind, list[float]] = {}
-    for kind in SHIPPED:
-        reward = HPSReward(str(out / "scorers" / kind)).load()
+    """Gates on scorers: equal in skill in domain, apart out of it.
+
+    Args:
+        places: Where each scorer lies.
+        policy: The base, which draws held-out pairs.
+        folder: Where the pairs are kept.
+        seed: Of the pairs.
+        suites: In domain and out of domain.
+    """
+    sets: tuple[PairSet, ...] = ("held_out_in_domain", "held_out_out_of_domain")
+    held_out = [make_pairs(name, policy, folder, seed) for name in sets]
+    accuracy, share = {}, {}
+    for kind, place in places.items():
+        reward = load_scorer(kind, place)
         accuracy[kind] = [pair_accuracy(reward, pairs) for pairs in held_out]
-    names = " ".join(f"{k} {a:.3f} / {b:.3f}" for k, (a, b) in accuracy.items())
-    report(f"pair accuracy in domain / out of domain: {names}")
-    narrow, broad = accuracy["narrow"], accuracy["broad"]
-    outside = uplifts["out of domain"]
-    shares = {kind: outside[kind] / outside["judge"] for kind in SHIPPED}
+        share[kind] = [share_of_uplift(reward, suite) for suite in suites]
+        report(
+            f"{kind}, in / out of domain: pair accuracy {as_two(accuracy[kind])}, "
+            f"share of the exact judge's best-of-4 uplift {as_two(share[kind])}"
+        )
+    inside = [accuracy[kind][0] for kind in EQUAL if kind in places]
+    apart = accuracy["broad"][1] - accuracy["narrow"][1]
     return [
-        gate("scorers' accuracies apart in domain", abs(narrow[0] - broad[0]), 0.0, 0.02),
-        gate("scorers' accuracies apart out of domain", broad[1] - narrow[1], 0.12, 1.0),
-        gate("narrow's share of the judge's uplift out of domain", shares["narrow"], -1.0, 0.35),
-        gate("broad's share of the judge's uplift out of domain", shares["broad"], 0.7, 1.0),
+        gate("scorers' accuracies apart in domain", max(inside) - min(inside), 0.0, 0.02),
+        gate("narrow's and broad's apart out of domain", apart, 0.12, 1.0),
+        gate("narrow's share of the uplift out of domain", share["narrow"][1], -1.0, 0.35),
+        gate("broad's share of the uplift out of domain", share["broad"][1], 0.7, 1.0),
     ]
+
+
+def as_two(values: Sequence[float]) -> str:
+    """Two numbers for a line of the report."""
+    return " / ".join(f"{value:.3f}" for value in values)
+
+
+def load_scorer(kind: Scorer, place: Path) -> Reward:
+    """A scorer by the class that reads its real counterpart."""
+    if kind == "judge":
+        return ORMReward(str(place)).load()
+    return HPSReward(str(place)).load()
+
+
+def share_of_uplift(reward: Reward, suite: DrawnSuite) -> float:
+    """The best-of-4 uplift by a reward over that by the exact judge."""
+    scores = reward.score(suite.pictures, suite.prompts).total.view_as(suite.exact)
+    return uplift(suite.exact, scores) / uplift(suite.exact, suite.exact)
 
 
 def is_out_of_domain(prompt: Prompt) -> bool:
     """Whether a prompt could stand in the out-of-domain suite."""
     return "include" in prompt.facts and (has_b_word(prompt) or has_held_out_pair(prompt))
-
-
-def score_suite(
-    policy: Policy, out: Path, suite: str, rules: str, seed: int, copies: int = 8
-) -> dict[str, Tensor]:
-    """Scores of the base's pictures by the judge and each scorer, [prompts, copies], printed."""
-    prompts = read_suite(out, suite)
-    repeated = [prompt for prompt in prompts for _ in range(copies)]
-    pictures = draw(policy, prompts, copies, seed)
-    scorers: dict[str, Reward] = {"judge": ShapesOracle(rules)}  # type: ignore[arg-type]
-    scorers |= {kind: HPSReward(str(out / "scorers" / kind)).load() for kind in SHIPPED}
-    scores = {
-        name: scorer.score(pictures, repeated).total.view(-1, copies)
-        for name, scorer in scorers.items()
-    }
-    for category in dict.fromkeys(prompt.category for prompt in prompts):
-        rows = [prompt.category == category for prompt in prompts]
-        report(f"base, {suite}, {category}: {scores['judge'][torch.tensor(rows)].mean():.3f}")
-    return scores
 
 
 def uplift(judge: Tensor, by: Tensor, best_of: int = 4) -> float:
@@ -285,6 +382,6 @@ def report(line: str) -> None:
 
 if __name__ == "__main__":
     try:
-        auto_cli(build_shapes, as_positional=False)
+        auto_cli({"world": build_world, "scorers": build_scorers}, as_positional=False)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -20,6 +20,8 @@ from cotgen_pl.shapes.judge import (
 )
 from cotgen_pl.shapes.recognise import recognise
 
+Rules = Literal["compbench", "geneval"]
+
 
 class ShapesOracle(Reward):
     """Share of a prompt's clauses that hold in its picture (`graded`), and if all do (`strict`).
@@ -30,7 +32,7 @@ class ShapesOracle(Reward):
 
     name = "shapes"
 
-    def __init__(self, rules: Literal["compbench", "geneval"] = "compbench") -> None:
+    def __init__(self, rules: Rules = "compbench") -> None:
         """Choose the rules.
 
         Args:
