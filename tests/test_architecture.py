@@ -23,8 +23,8 @@ LAYERS = {
     "rules": 0,
     "adapters": 1,
     "best_of_n": 1,
-    "cache": 1,
     "checkpoints": 1,
+    "decoding": 1,
     "downloads": 1,
     "files": 1,
     "footprint": 1,
@@ -33,6 +33,7 @@ LAYERS = {
     "pair_rows": 1,
     "phrases": 1,
     "pixels": 1,
+    "prompt_ids": 1,
     "sampling": 1,
     "scoring": 1,
     "shapes": 1,
@@ -79,7 +80,7 @@ SHARED_INSIDE_THEIR_FOLDER = {
     "cotgen_pl.rewards.sanity",
     "tools.main",
 }
-FOLDERS_OPEN_INSIDE = {"bench", "conversion", "data", "losses", "rules", "shapes"}
+FOLDERS_OPEN_INSIDE = {"bench", "conversion", "data", "decoding", "losses", "rules", "shapes"}
 SEEN_THROUGH_INTERFACES = {"policies", "rewards"}
 HEAVY = {
     "bitsandbytes",

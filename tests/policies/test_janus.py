@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from cotgen_pl.adapters import LoraSettings
+from cotgen_pl.decoding.settings import DecodingSettings
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.sampling import sample_tokens
 from tests.policies.equivalence import (
@@ -26,6 +28,7 @@ NORM = "model.model.language_model.norm."
 GENERATION = tuple(f"model.model.generation_{part}." for part in ("embeddings", "aligner", "head"))
 TEXT_EMBEDDING = "model.model.language_model.embed_tokens."
 LORA = LoraSettings(rank=4, alpha=8)
+EAGER = DecodingSettings(path="eager")
 
 
 @pytest.fixture(params=["random", "shipped"])
@@ -104,14 +107,27 @@ class TestEquivalence(PolicyEquivalence):
         return load(folder, dtype="float64")
 
 
-class TestEagerEquivalence(PolicyEquivalence):
+class TestEagerDecodingEquivalence(PolicyEquivalence):
+    @pytest.fixture
+    def exact(self, folder):
+        return load(folder, dtype="float64", decoding=EAGER)
+
+
+class TestBucketsEquivalence(PolicyEquivalence):
+    @pytest.fixture
+    def exact(self, janus_folder):
+        buckets = DecodingSettings(buckets=(16, 24, 96))
+        return load(janus_folder, dtype="float64", decoding=buckets)
+
+
+class TestEagerAttentionEquivalence(PolicyEquivalence):
     # Eager attention takes its softmax in float32, whatever the model's type: errors of 6e-8, on
     # the way to logits of up to 20.
     tolerance = 1e-5
 
     @pytest.fixture
     def exact(self, folder):
-        return load(folder, dtype="float64", attention="eager")
+        return load(folder, dtype="float64", attention="eager", decoding=EAGER)
 
 
 class TestLoraEquivalence(PolicyEquivalence):
@@ -192,8 +208,8 @@ def test_unconditional_rows_are_pads_as_long_as_the_prompt(janus_folder):
     assert seen == [expected]
 
 
-def test_one_unconditional_row_is_read_per_length(janus_folder):
-    policy = load(janus_folder)
+def test_each_distinct_prompt_and_one_unconditional_row_per_length_are_read(janus_folder):
+    policy = load(janus_folder, decoding=EAGER)
     rows = []
     hook = policy.blocks()[0].register_forward_hook(
         lambda layer, arguments, output: rows.append(len(arguments[0]))
@@ -207,28 +223,18 @@ def test_one_unconditional_row_is_read_per_length(janus_folder):
 
 
 @torch.no_grad()
-def test_decoding_memory_is_allocated_once(janus_folder):
-    policy = load(janus_folder)
-
-    def memory(prompts, copies):
-        _, cache = policy.prefill(prompts, guided=True, copies=copies)
-        return [layer.keys.data_ptr() for layer in cache.memory.layers]
-
-    start = memory(PROMPTS, 2)
-    assert memory(PROMPTS, 2) == start
-    assert memory(PROMPTS[:1], 1) == start
-    assert policy._buffers_for_decoding.layers[0].keys.shape[0] == 12
-    memory(PROMPTS, 3)
-    assert policy._buffers_for_decoding.layers[0].keys.shape[0] == 18
-
-
-@torch.no_grad()
-def test_smaller_batch_after_a_larger_one_is_drawn_alike(janus_folder):
-    fresh, used = load(janus_folder, dtype="float64"), load(janus_folder, dtype="float64")
-    sample_tokens(used, PROMPTS, guidance=2.0, seeds=range(9))
-    tokens = random_tokens(fresh, 2)
-    expected = stepped_logits(fresh, ["two"], tokens, guided=True, copies=2)
-    assert torch.equal(stepped_logits(used, ["two"], tokens, guided=True, copies=2), expected)
+@pytest.mark.parametrize("path", ["graph", "eager"])
+def test_decoding_memory_ends_with_its_batch(janus_folder, path):
+    policy = load(janus_folder, decoding=DecodingSettings(path=path))
+    _, cache = policy.prefill(PROMPTS, guided=True, copies=2)
+    policy.step(random_tokens(policy, 6)[:, 0], cache)
+    if path == "eager":
+        held = [layer.keys for layer in cache.memory.layers]
+    else:
+        held = [*cache.memory.keys, *cache.memory.values]
+    seen = [weakref.ref(tensor) for tensor in held]
+    del cache, held
+    assert not [one for one in seen if one() is not None]
 
 
 class Raises(torch.nn.Module):
@@ -334,7 +340,8 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(janus_folder, arg
 
 
 def test_gradient_checkpointing_leaves_decoding_alone(janus_folder):
-    plain, recomputing = load(janus_folder), load(janus_folder, gradient_checkpointing=True)
+    plain = load(janus_folder, decoding=EAGER)
+    recomputing = load(janus_folder, gradient_checkpointing=True, decoding=EAGER)
     with torch.enable_grad():
         logits, cache = recomputing.prefill(PROMPTS, guided=True)
         second = recomputing.step(random_tokens(plain, 3)[:, 0], cache)
@@ -505,8 +512,6 @@ def test_reference_is_frozen_and_shares_what_is_frozen(janus_folder, trains):
     twin = policy.reference()
     assert not trained_names(twin)
     assert trained_names(policy)
-    assert twin._buffers_for_decoding is None
-    assert policy._buffers_for_decoding is not None
     own = dict(policy.named_parameters())
     assert own.keys() == dict(twin.named_parameters()).keys()
     for name, parameter in twin.named_parameters():

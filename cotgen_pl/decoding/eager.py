@@ -1,10 +1,12 @@
-"""Keys and values of what has been read and drawn, in memory that is allocated once and used again.
+"""Drawing through a language model's own layers, in memory that is allocated once per batch.
 
-Kept apart from the policies because it serves any language model of transformers.
+The reference that `fused.py` is held to, and the path for models that it cannot read. Kept apart
+from the policies because it serves any language model of transformers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,38 +16,44 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 
 class StaticCache(Cache):
-    """A cache whose memory outlives the batch that it was made for.
+    """Room for a batch: its row r continues row index[r] of what was read.
 
     Args:
-        rows: Sequences that it can hold.
-        length: Positions that it can hold.
-        prefix: Gives the number of layers and heads, the head width, the type and the device.
+        prefix: What was read.
+        index: [R] int64.
+        length: Positions that each row can hold.
     """
 
-    def __init__(self, rows: int, length: int, prefix: DynamicCache) -> None:
-        layers: Any = [_StaticLayer(rows, length, _keys(layer)) for layer in prefix.layers]
+    def __init__(self, prefix: DynamicCache, index: Tensor, length: int) -> None:
+        layers: Any = [
+            _StaticLayer(_keys(layer)[index], _values(layer)[index], length)
+            for layer in prefix.layers
+        ]
         super().__init__(layers=layers)
-
-    def fits(self, rows: int, length: int, prefix: DynamicCache) -> bool:
-        """Whether so many sequences of such a length have room."""
-        own, new = _keys(self.layers[0]), _keys(prefix.layers[0])
-        room = own.shape[0] >= rows and own.shape[2] >= length
-        return room and (own.dtype, own.device) == (_stored_type(new), new.device)
-
-    def fill(self, prefix: DynamicCache, index: Tensor) -> None:
-        """Start a batch: its row r continues row index[r] of the prefix; index is [R] int64."""
-        for own, read in zip(self.layers, prefix.layers, strict=True):
-            assert isinstance(own, _StaticLayer)
-            own.start(_keys(read)[index], _values(read)[index])
 
 
 @dataclass
-class Decoding:
+class EagerDrawing:
     """Where a batch of images stands while it is drawn."""
 
     memory: StaticCache
-    mask: Tensor  # [R, prefix + T] bool, False on left padding
-    guided: bool
+    mask: Tensor
+    """False on left padding, [R, prefix + T] bool."""
+    branches: int
+    """Rows of an image: 2 under guidance, else 1."""
+    embed: Callable[[Tensor], Tensor]
+    """Tokens [images, 1] to embeddings [images, 1, width]."""
+    body: Callable[..., Tensor]
+    """Embeddings, mask [R, 1, 1, filled], positions [R, 1] and memory to hidden [R, 1, width]."""
+    head: Callable[[Tensor], Tensor]
+    """The last to logits."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append one token to each image, [images] int64, and give the next logits, [R, V]."""
+        embedded = self.embed(tokens[:, None]).repeat(self.branches, 1, 1)
+        mask = self.mask[:, : self.memory.get_seq_length() + 1]
+        positions = mask.long().sum(-1, keepdim=True) - 1
+        return self.head(self.body(embedded, mask[:, None, None], positions, self.memory)[:, -1])
 
 
 class _StaticLayer(CacheLayerMixin):
@@ -55,16 +63,13 @@ class _StaticLayer(CacheLayerMixin):
     cast all of them down again at every step.
     """
 
-    def __init__(self, rows: int, length: int, like: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         super().__init__()
-        shape = rows, like.shape[1], length, like.shape[3]
-        self.keys = like.new_empty(shape, dtype=_stored_type(like))
+        shape = keys.shape[0], keys.shape[1], length, keys.shape[3]
+        self.keys = keys.new_empty(shape, dtype=_stored_type(keys))
         self.values = torch.empty_like(self.keys)
-        self.filled = self.rows = 0
+        self.filled = 0
         self.is_initialized = True
-
-    def start(self, keys: Tensor, values: Tensor) -> None:
-        self.rows, self.filled = keys.shape[0], 0
         self.update(keys, values)
 
     def update(
@@ -72,7 +77,7 @@ class _StaticLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         end = self.filled + key_states.shape[2]
         assert end <= self.get_max_length(), "an assignment past the end would be lost silently"
-        keys, values = _keys(self)[: self.rows], _values(self)[: self.rows]
+        keys, values = _keys(self), _values(self)
         keys[:, :, self.filled : end] = key_states
         values[:, :, self.filled : end] = value_states
         self.filled = end
