@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor
 Step = Callable[[int], Tensor]
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
-
-log = logging.getLogger(__name__)
 
 
 class CapturedSteps:
@@ -53,11 +51,11 @@ class CapturedSteps:
                     "set decoding.path to fused, or decoding.strict to false"
                 ) from error
             self.failed = True
-            log.warning(
-                "a decoding step could not be captured as a CUDA graph (%s); its operations are "
-                "launched one by one, about 20 ms per token of a batch below 64 images (estimate). "
-                "Set decoding.path to fused to draw like this without a try",
-                reason,
+            warnings.warn(
+                f"a decoding step could not be captured as a CUDA graph ({reason}); its operations "
+                "are launched one by one, about 20 ms per token of a batch below 64 images "
+                "(estimate). Set decoding.path to fused to draw like this without a try",
+                stacklevel=2,
             )
 
 

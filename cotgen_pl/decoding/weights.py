@@ -124,7 +124,7 @@ def read_network(
         layers=[_read_layer(layer, heads) for layer in model.layers],
         norm=model.norm.weight.detach().clone(),
         head=[_fuse([linear]) for linear in head],
-        codes=codes,
+        codes=codes.detach(),
         activation=activation,
         num_heads=heads,
         epsilon=model.norm.variance_epsilon,
