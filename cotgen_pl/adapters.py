@@ -25,6 +25,26 @@ class LoraSettings:
     alpha: int = 32
 
 
+def check_training(settings: Any) -> None:
+    """Raise a ValueError for settings of what a policy trains that exclude each other."""
+    lora, quantize = settings.lora, settings.quantize
+    if quantize and not lora:
+        raise ValueError(
+            f"expected lora beside quantize: {quantize}, got none, and quantised weights "
+            "cannot train; add lora: {}"
+        )
+    if lora and (settings.trains != "language_model" or settings.train_text_embedding):
+        raise ValueError(
+            f"expected lora to adapt the language model alone, got trains: {settings.trains} and "
+            f"train_text_embedding: {settings.train_text_embedding}; leave both out or drop lora"
+        )
+    if settings.trained_dtype != "float32" and (lora or settings.dtype == "float64"):
+        raise ValueError(
+            "expected trained_dtype: float32 beside lora or dtype: float64, got "
+            f"{settings.trained_dtype}; leave it out"
+        )
+
+
 def add_adapters(model: nn.Module, settings: LoraSettings, targets: str) -> Any:
     """Wrap a model into peft's, with adapters on the linear layers whose full name matches."""
     from peft import LoraConfig, get_peft_model

@@ -45,6 +45,7 @@ LAYERS = {
     "leaks": 2,
     "metrics": 2,
     "monitors": 2,
+    "optimizers": 2,
     "pair_sets": 2,
     "planning": 2,
     "policies": 2,

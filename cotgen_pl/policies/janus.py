@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
 from transformers.cache_utils import DynamicCache
 
-from cotgen_pl.adapters import AdaptersThen, LoraSettings, add_adapters, quantization_config
+from cotgen_pl.adapters import (
+    AdaptersThen,
+    LoraSettings,
+    add_adapters,
+    check_training,
+    quantization_config,
+)
 from cotgen_pl.checkpoints import (
     TEMPLATES,
     expand_home,
@@ -63,8 +69,10 @@ class JanusPolicy(Policy):
         gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its
             activations.
         attention: Attention implementation.
-        dtype: Type of the frozen weights. Weights that train are float32 at least: in bfloat16,
-            98 % of the steps of size 1e-6 round to nothing. Use the trainer's
+        dtype: Type of the frozen weights; `float64` is that of all.
+        trained_dtype: Type of the weights that train. In bfloat16, 98 % of the steps of size 1e-6
+            round to nothing, so it takes an optimizer that rounds by chance:
+            `cotgen_pl.optimizers.StochasticAdamW8bit`. With float32, use the trainer's
             `precision: bf16-mixed` to compute in bfloat16.
         compile: Compile the teacher-forced pass.
         template: Prompt form; by default read from the checkpoint's own chat template. A Janus-1.3B
@@ -89,25 +97,16 @@ class JanusPolicy(Policy):
         compile: bool = False,
         template: Literal["janus", "janus_pro"] | None = None,
         decoding: DecodingSettings | None = None,
+        trained_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
-        if quantize and not lora:
-            raise ValueError(
-                f"expected lora beside quantize: {quantize}, got none, and quantised weights "
-                "cannot train; add lora: {}"
-            )
-        if lora and (trains != "language_model" or train_text_embedding):
-            raise ValueError(
-                f"expected lora to adapt the language model alone, got trains: {trains} and "
-                f"train_text_embedding: {train_text_embedding}; leave both out or drop lora"
-            )
         path = expand_home(path)
         self.path, self.trains, self.train_text_embedding = path, trains, train_text_embedding
-        self.lora, self.quantize = lora, quantize
-        self.merges_exactly = quantize is None
+        self.lora, self.quantize, self.merges_exactly = lora, quantize, quantize is None
         self.gradient_checkpointing, self.compile_forward = gradient_checkpointing, compile
-        self.attention, self.dtype = attention, dtype
+        self.attention, self.dtype, self.trained_dtype = attention, dtype, trained_dtype
         self.decoding = decoding or DecodingSettings()
+        check_training(self)
         self.config: Any = read_config(path, JanusConfig, EXAMPLE)
         self.processor = read_processor(path, JanusProcessor)
         self.template = template or recognise_template(self.processor, path)
@@ -162,9 +161,10 @@ class JanusPolicy(Policy):
             for part in parts[self.trains]:
                 part.requires_grad_(True)
             inner.language_model.embed_tokens.requires_grad_(self.train_text_embedding)
+        dtype = getattr(torch, "float64" if self.dtype == "float64" else self.trained_dtype)
         for parameter in self.parameters():
-            if parameter.requires_grad and self.dtype != "float64":
-                parameter.data = parameter.data.float()
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
     def describe(self) -> dict[str, Any]:
         """Checkpoint, prompt template and special ids, as they were found."""

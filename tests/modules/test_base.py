@@ -1,5 +1,6 @@
 """What all training modules share: noise, start weights, precision, checkpoints."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cotgen_pl.data.prompts import PromptData
+from cotgen_pl.optimizers import StochasticAdamW8bit
 from tests.toys import (
     Snapshots,
     fit,
@@ -85,6 +87,38 @@ def test_predict_without_a_writer_is_refused_before_weights_load(tiny_janus, tmp
     module.configure_model = lambda: pytest.fail("weights were loaded")
     with pytest.raises(ValueError, match="expected a callback that writes what predict draws"):
         make_trainer(tmp_path).predict(module, PromptData([write_prompts(tmp_path)]))
+
+
+BFLOAT16 = {"dtype": "bfloat16", "trained_dtype": "bfloat16"}
+
+
+def in_bfloat16(folder, **arguments):
+    """GRPO on weights that train in bfloat16, with the optimizer that they take."""
+    arguments = {"optimizer": partial(StochasticAdamW8bit, lr=1e-3), "kl_coef": 0.1} | arguments
+    return make_grpo(folder, policy=make_policy(folder, **BFLOAT16), **arguments)
+
+
+def test_bfloat16_weights_are_refused_an_optimizer_that_loses_small_steps(tiny_janus, tmp_path):
+    module = in_bfloat16(tiny_janus, optimizer=torch.optim.AdamW)
+    module.configure_model = lambda: pytest.fail("weights were loaded")
+    with pytest.raises(ValueError, match=r"rounds stochastically .* got AdamW, .*; use cotgen_pl"):
+        fit(module, tmp_path, precision="bf16-mixed")
+
+
+def test_a_resumed_run_in_bfloat16_ends_as_the_uninterrupted_one(tiny_janus, tmp_path):
+    data = PromptData([write_prompts(tmp_path)])
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole, resumed = (in_bfloat16(tiny_janus, images_budget=24) for _ in range(2))
+    make_trainer(tmp_path, keep, precision="bf16-mixed").fit(whole, data)
+    trainer = make_trainer(tmp_path / "resumed", precision="bf16-mixed")
+    trainer.fit(resumed, data, ckpt_path=str(tmp_path / "step=2.ckpt"))
+    middle = torch.load(tmp_path / "step=2.ckpt", weights_only=True)["state_dict"]
+    moved = []
+    for name, weight in whole.state_dict().items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(resumed.state_dict()[name], weight), name
+        moved.append(not torch.equal(middle[name], weight))
+    assert any(moved)
 
 
 # Weights ----------------------------------------------------------------------------------------

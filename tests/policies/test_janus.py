@@ -358,6 +358,26 @@ def test_bfloat16_is_for_what_does_not_train(janus_folder, arguments):
         assert parameter.dtype == (torch.float32 if full else torch.bfloat16), name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_trains_is_in_bfloat16_when_asked_for(janus_folder, dtype):
+    policy = load(janus_folder, dtype=dtype, trained_dtype="bfloat16")
+    trained = {p.dtype for p in policy.parameters() if p.requires_grad}
+    assert trained == {torch.bfloat16}
+    assert policy.janus.model.generation_head.vision_head.weight.dtype == getattr(torch, dtype)
+    assert next(policy.reference().blocks()[0].parameters()).dtype == torch.bfloat16
+    tokens = random_tokens(policy, 6)
+    exact = load(janus_folder, dtype="float64").logits(repeated(PROMPTS), tokens).detach()
+    forced = policy.logits(repeated(PROMPTS), tokens)
+    stepped = stepped_logits(policy, PROMPTS, tokens, guided=False, copies=2)
+    assert max((forced - exact).abs().max(), (stepped - exact).abs().max()) < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("arguments", [{"lora": LORA}, {"dtype": "float64"}], ids=str)
+def test_bfloat16_for_what_trains_is_refused_where_it_saves_nothing(janus_folder, arguments):
+    with pytest.raises(ValueError, match=r"expected trained_dtype: float32 .* got bfloat16; leave"):
+        JanusPolicy(str(janus_folder), trained_dtype="bfloat16", **arguments)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
