@@ -18,6 +18,7 @@ ITEM_BYTES = {"bfloat16": 2.0, "float32": 4.0, "float64": 8.0}
 # (arXiv 2305.14314, section 3). LLM.int8 has a float32 scale per row, which is nothing beside it.
 QUANTIZED_BYTES = {"4bit": 0.5625, "8bit": 1.0}
 PIXELS_PER_DECODE = 4_000_000  # as in cotgen_pl.policies.janus
+NUMBERS_AT_ONCE = 1 << 22  # as in cotgen_pl.losses.logprobs
 # Feature maps of the picture decoder's widest layer that live at once: counted on the CPU at
 # Janus-Pro's widths (tests/test_planning.py). A GPU's convolutions may want room of their own.
 MAPS_PER_DECODE = 4.2
@@ -100,6 +101,8 @@ class PlannedPolicy:
     """The trainer's."""
     dtype: str = "bfloat16"
     """Of the frozen weights."""
+    trained_dtype: str = "float32"
+    """Of those that train, unless `dtype` is float64."""
     trains: str = "language_model"
     train_text_embedding: bool = False
     lora_rank: int = 0
@@ -111,8 +114,9 @@ class PlannedPolicy:
     @classmethod
     def read(cls, sizes: PolicySizes, settings: Any, precision: str) -> PlannedPolicy:
         """From a `JanusPolicy`, or from the arguments that a configuration has for it."""
-        same = ("dtype", "trains", "train_text_embedding", "quantize", "gradient_checkpointing")
-        values = {name: getattr(settings, name) for name in (*same, "attention")}
+        same = ("dtype", "trained_dtype", "trains", "train_text_embedding", "quantize")
+        more = ("gradient_checkpointing", "attention")
+        values = {name: getattr(settings, name) for name in (*same, *more)}
         rank = settings.lora.rank if settings.lora else 0
         return cls(sizes, str(precision), lora_rank=rank, **values)
 
@@ -135,8 +139,8 @@ class PlannedPolicy:
 
     @property
     def trained_bytes(self) -> float:
-        """Of one number that trains: float32 at least."""
-        return max(4.0, self.frozen_bytes)
+        """Of one number that trains."""
+        return 8.0 if self.frozen_bytes == 8 else ITEM_BYTES[self.trained_dtype]
 
     @property
     def stream_bytes(self) -> float:
@@ -167,7 +171,8 @@ class PlannedPolicy:
     @property
     def compute_copy(self) -> float:
         """Bytes of the bfloat16 copies that autocast keeps of float32 weights that train."""
-        return 2.0 * self.trained if self.precision == "bf16-mixed" else 0.0
+        casts = self.precision == "bf16-mixed" and self.trained_bytes > 2
+        return 2.0 * self.trained if casts else 0.0
 
     @property
     def cache_per_position(self) -> float:
@@ -211,19 +216,25 @@ class PlannedPolicy:
         length = self.prompt_tokens + self.sizes.num_tokens - 1
         return length * self.sizes.width * self.stream_bytes
 
-    def logits(self, guided: bool, entropy_bonus: bool = False) -> float:
+    def logits(self, guided: bool, images: int) -> float:
         """Bytes of one image's logits and of what the loss makes of them, at the worst moment.
 
-        As the model gives them, once or (guided) for two branches; and in float32 the log-softmax
-        with two more of its size, for the entropy or for gradients. Guided logits come before that:
-        two where the branches are float32 already, else four. Five in all where an entropy bonus
-        carries gradients. Counted in torch 2.15.
+        Backward: logits with their gradient, and twice the distribution of those rows that are read
+        at a time. Guided logits are float32 at least, and before that, what they are made
+        of: those of two branches, and two more, or four where the branches are not float32 yet.
+        Counted in torch 2.15.
+
+        Args:
+            guided: Whether log-probs are those of guided logits.
+            images: In a micro-batch, which share the rows that are read at a time.
         """
         size = self.sizes.num_tokens * self.sizes.codebook_size
-        held = self.compute_bytes * (2 if guided else 1)
-        copies = (2 if self.compute_bytes == self.loss_bytes else 4) if guided else 3
-        most = held + copies * self.loss_bytes
-        return size * max(most, 5 * self.loss_bytes if entropy_bonus else 0)
+        item, most = self.compute_bytes, self.loss_bytes
+        read = 2 * most * min(size, NUMBERS_AT_ONCE / max(1, images))
+        if not guided:
+            return 2 * item * size + read
+        copies = 2 if item == most else 4
+        return max(2 * most * size + read, (2 * item + copies * most) * size)
 
     def forward_flop(self) -> float:
         """Operations of one image's teacher-forced pass: 2 P L + 2 N h L², causal attention.

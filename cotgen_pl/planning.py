@@ -38,13 +38,15 @@ class OptimizerMemory:
     """More while it takes a step."""
 
 
-def try_optimizer(make: Callable[[Any], torch.optim.Optimizer]) -> OptimizerMemory:
-    """Count what an optimizer keeps by having it take a step on zeros, on the CPU.
+def try_optimizer(
+    make: Callable[[Any], torch.optim.Optimizer], dtype: str = "float32"
+) -> OptimizerMemory:
+    """Count what an optimizer keeps by having it take a step on zeros of a type, on the CPU.
 
     >>> try_optimizer(torch.optim.AdamW)
     OptimizerMemory(state=8.0, step=4.0)
     """
-    parameter = torch.nn.Parameter(torch.zeros(OPTIMIZER_TRIAL))
+    parameter = torch.nn.Parameter(torch.zeros(OPTIMIZER_TRIAL, dtype=getattr(torch, dtype)))
     parameter.grad = torch.zeros_like(parameter)
     optimizer = make([parameter])
     optimizer.step()
@@ -61,6 +63,8 @@ class PlannedWork:
 
     drawn: int
     """Images drawn at once for training."""
+    draws: int
+    """So often in a step; 0 where they are drawn apart from steps."""
     learnt: int
     """Images of one update."""
     micro_batch: int
@@ -74,7 +78,6 @@ class PlannedWork:
     """Passes without gradient over each image: reference, old log-probs."""
     optimizer: OptimizerMemory
     updates: int = 1
-    entropy_bonus: bool = False
     evaluated: int = 0
     """Images drawn at once by callbacks, such as evaluations."""
     reward: float = 0.0
@@ -102,10 +105,12 @@ def grpo_work(
         **around: Fields of `PlannedWork` that the module's settings do not say.
     """
     images = settings.images_per_update // processes
+    drawn = min(images, settings.drawn_at_once or images)
     compares = bool(settings.kl_coef or settings.kl_penalty)
     replays = compares + bool(settings.updates_per_rollout > 1 or settings.kl_penalty)
     return PlannedWork(
-        drawn=images,
+        drawn=drawn,
+        draws=math.ceil(images / drawn),
         learnt=images,
         micro_batch=min(images, _number(settings.micro_batch_size) or images),
         guided=settings.guidance != 1,
@@ -113,7 +118,6 @@ def grpo_work(
         twin=compares and not policy.lora_rank,
         replays=replays,
         updates=settings.updates_per_rollout,
-        entropy_bonus=settings.entropy_coef != 0,
         processes=processes,
         **around,
     )
@@ -136,6 +140,7 @@ def dpo_work(
     live = settings.reference_logps == "live"
     return PlannedWork(
         drawn=paired,
+        draws=0,
         learnt=2 * own,
         micro_batch=2 * min(own, _number(settings.micro_batch_size) or own),
         guided=settings.guidance != 1,
@@ -174,7 +179,7 @@ def activations(policy: PlannedPolicy, work: PlannedWork) -> dict[str, float]:
     branches = 2 if work.forced_guidance and work.logprobs == "guided" else 1
     kept = policy.layer_input if policy.gradient_checkpointing else policy.layer_activations
     layer = layer_share(policy, work) * policy.layer_activations
-    logits = policy.logits(work.forced_guidance, work.entropy_bonus)
+    logits = policy.logits(work.forced_guidance, work.micro_batch)
     return {
         "activations": branches * policy.sizes.layers * kept,
         "logits, or a layer's gradients": max(logits, layer),
@@ -193,7 +198,7 @@ def layer_share(policy: PlannedPolicy, work: PlannedWork) -> float:
 
 
 def memory(policy: PlannedPolicy, work: PlannedWork) -> Memory:
-    """Bytes on one device, by phase. The first update's gradients stay until the next begins.
+    """Bytes on one device, by phase. Gradients go with the optimizer's last step on a rollout.
 
     The cache's memory belongs to the policy and stays, as large as the most images needed.
     """
@@ -201,24 +206,24 @@ def memory(policy: PlannedPolicy, work: PlannedWork) -> Memory:
     weights = {
         "weights that train": trained * policy.trained_bytes,
         "frozen weights": policy.frozen_weights,
-        "gradients": trained * policy.trained_bytes,
         "optimizer": trained * work.optimizer.state,
         "copies for autocast": policy.compute_copy,
         "reference": trained * policy.trained_bytes if work.twin else 0.0,
         "reward": work.reward if work.reward_stays else 0.0,
         "buckets of gradients": trained * policy.trained_bytes if work.processes > 1 else 0.0,
     }
+    gradients = {"gradients": trained * policy.trained_bytes}
     cache = policy.cache(max(work.drawn, work.evaluated), work.guided)
     always = weights | {"key-value cache": cache}
-    read = max(policy.logits(work.forced_guidance), 0.75 * policy.layer_activations)
+    logits = policy.logits(work.forced_guidance, work.micro_batch)
+    read = max(logits, 0.75 * policy.layer_activations)
     phases = {
         "rollout": {"decoding pictures": policy.decoding(work.drawn)},
         "reward": {"reward": work.reward},
         "reference": {"logits, or a layer": work.micro_batch * read} if work.replays else {},
-        "update": {
-            name: work.micro_batch * held for name, held in activations(policy, work).items()
-        },
-        "optimizer step": {"square roots": trained * work.optimizer.step},
+        "update": gradients
+        | {name: work.micro_batch * held for name, held in activations(policy, work).items()},
+        "optimizer step": gradients | {"square roots": trained * work.optimizer.step},
         "evaluation": {
             "start weights": trained * policy.trained_bytes,
             "decoding pictures": policy.decoding(work.evaluated),
@@ -326,11 +331,14 @@ def training_flop(policy: PlannedPolicy, work: PlannedWork) -> float:
 
 
 def seconds(policy: PlannedPolicy, work: PlannedWork, speed: Speed) -> Mapping[str, float]:
-    """By phase, for one process's share; rewards, pictures and the optimizer are not counted."""
+    """By phase, for one process's share; rewards, pictures and the optimizer are not counted.
+
+    Where pictures are drawn apart from steps, `rollout` is that of one batch.
+    """
     rate = speed.flops * speed.flops_share
     passes = work.replays * (2 if work.forced_guidance else 1)
     return {
-        "rollout": decode_seconds(policy, work.drawn, work.guided, speed),
+        "rollout": max(1, work.draws) * decode_seconds(policy, work.drawn, work.guided, speed),
         "reference and replay": work.learnt * passes * policy.forward_flop() / rate,
         "update": work.updates * work.learnt * training_flop(policy, work) / rate,
     }

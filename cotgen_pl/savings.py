@@ -9,7 +9,7 @@ from cotgen_pl.footprint import PlannedPolicy
 from cotgen_pl.planning import OptimizerMemory, PlannedWork, memory, peak
 
 Change = tuple[str, PlannedPolicy, PlannedWork]
-EIGHT_BITS = OptimizerMemory(2.031, 0.0)  # AdamW8bit of bitsandbytes, by `try_optimizer`
+EIGHT_BITS = OptimizerMemory(2.062, 0.0)  # AdamW8bit of bitsandbytes, by `try_optimizer`
 LORA_RANK = 16  # that of configs/policies/janus_pro_7b_lora_4bit.yaml
 LEAST_SAVED = 0.005  # of the peak; smaller savings are not worth a line
 
@@ -59,7 +59,7 @@ def drawing_changes(policy: PlannedPolicy, work: PlannedWork) -> Iterator[Change
         names = [
             name
             for name, number in (
-                ("images_per_update or pairs.images_per_batch", work.drawn),
+                ("drawn_at_once or pairs.images_per_batch", work.drawn),
                 ("batch_size of callbacks", work.evaluated),
             )
             if number > half

@@ -8,10 +8,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from cotgen_pl import footprint
 from cotgen_pl.data.prompts import PromptData
 from cotgen_pl.footprint import MAPS_PER_DECODE, PlannedPolicy, PolicySizes, read_sizes
 from cotgen_pl.interfaces import Policy
-from cotgen_pl.losses import token_statistics
+from cotgen_pl.losses import logprobs, token_statistics
 from cotgen_pl.modules import micro_batches
 from cotgen_pl.modules.micro_batches import held_bytes, total_memory
 from cotgen_pl.planning import (
@@ -32,7 +33,7 @@ from cotgen_pl.planning import (
 )
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.sampling import forced_logits
-from tests.toys import Brightness, make_dpo, make_grpo, make_trainer, write_prompts
+from tests.toys import Brightness, counted_peak, make_dpo, make_grpo, make_trainer, write_prompts
 from tools.main import SaveRunConfig
 from tools.plan import KNOWN_SIZES
 
@@ -65,23 +66,9 @@ def janus_pro(name: str, **settings) -> PlannedPolicy:
 
 
 def small_work(**settings) -> PlannedWork:
-    usual = {"drawn": 6, "learnt": 6, "micro_batch": 2, "guided": True, "logprobs": "conditional"}
-    rest = {"twin": True, "replays": 1, "optimizer": ADAM}
+    usual = {"drawn": 6, "draws": 1, "learnt": 6, "micro_batch": 2, "guided": True}
+    rest = {"logprobs": "conditional", "twin": True, "replays": 1, "optimizer": ADAM}
     return PlannedWork(**(usual | rest | settings))
-
-
-def counted_peak(work) -> int:
-    """The most bytes that tensors took at once, beyond those before, by torch's own profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        work()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    assert events
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 # By hand ----------------------------------------------------------------------------------------
@@ -124,13 +111,14 @@ def test_a_step_reads_weights_and_filled_positions():
 def test_phases_by_hand():
     policy, work = PlannedPolicy(SMALL, gradient_checkpointing=True), small_work()
     planned = memory(policy, work)
-    base = 4000 + policy.frozen_weights + 4000 + 8000 + 2000 + 4000 + policy.cache(6, True)
+    base = 4000 + policy.frozen_weights + 8000 + 2000 + 4000 + policy.cache(6, True)
+    gradients = 4000
     sums = {phase: sum(parts.values()) for phase, parts in planned.items()}
-    assert sums["optimizer step"] == base + 4000
+    assert sums["optimizer step"] == base + gradients + 4000
     assert sums["rollout"] == base + policy.decoding(6)
     kept = 2 * policy.layer_input
-    passing = max(policy.logits(False), 1.6 * policy.layer_activations)
-    assert sums["update"] == pytest.approx(base + 2 * (kept + passing))
+    passing = max(policy.logits(False, 2), 1.6 * policy.layer_activations)
+    assert sums["update"] == pytest.approx(base + gradients + 2 * (kept + passing))
     assert "evaluation" not in planned
 
 
@@ -280,16 +268,22 @@ class Linear:
         ("guided", "bf16-mixed", True),
     ],
 )
-def test_loss_of_a_large_codebook_takes_what_is_planned(mode, precision, bonus):
+@pytest.mark.parametrize("at_once", [16 * 2048, 1 << 22])
+def test_loss_of_a_large_codebook_takes_what_is_planned(
+    mode, precision, bonus, at_once, monkeypatch
+):
+    assert footprint.NUMBERS_AT_ONCE == logprobs.NUMBERS_AT_ONCE
+    monkeypatch.setattr(footprint, "NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr(logprobs, "NUMBERS_AT_ONCE", at_once)
     sizes = replace(SMALL, num_tokens=32, codebook_size=2048)
     planned = PlannedPolicy(sizes, precision=precision, dtype="float32")
     tokens, linear = torch.zeros(4, 32, dtype=torch.long), Linear(planned.compute_bytes)
 
     def update():
-        logprobs, entropy = statistics(linear, ["a"] * 4, tokens, mode, bonus)
-        (logprobs.mean() + entropy.mean() * bonus).backward()
+        picked, entropy = statistics(linear, ["a"] * 4, tokens, mode, bonus)
+        (picked.mean() + entropy.mean() * bonus).backward()
 
-    predicted = 4 * planned.logits(mode == "guided", bonus)
+    predicted = 4 * planned.logits(mode == "guided", 4)
     assert WITHIN[0] < predicted / counted_peak(update) < WITHIN[1]
 
 

@@ -217,3 +217,17 @@ def write_pairs(
     writer = PairSetWriter(folder, 1, {})
     writer.write(0, rows, num_prompts=number, num_images=2 * number, dropped={})
     return writer.finish()
+
+
+def counted_peak(work) -> int:
+    """The most bytes that tensors took at once, beyond those before, by torch's own profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert events
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -267,6 +267,7 @@ def train(
         images_per_update=own.batch,
         group_size=own.group_size,
         micro_batch_size=own.micro_batch_size,
+        drawn_at_once=own.drawn_at_once,
         logprobs=own.logprobs,
     )
 
@@ -317,6 +318,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=5.0, help="1 is none")
     parser.add_argument("--logprobs", choices=modes, default="conditional", help="that train")
     parser.add_argument("--micro_batch_size", type=int, help="images per pass in updates")
+    parser.add_argument("--drawn_at_once", type=int, help="images of a rollout, in ours alone")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
     parser.add_argument("--reward", default="configs/rewards/shapes_broad.yaml", help="its YAML")
     parser.add_argument("--against", choices=AGAINST.values(), help="what to compare with")

@@ -158,7 +158,7 @@ def plan_work(config: Any, policy: PlannedPolicy, gpus: int, reward_gb: float | 
     callbacks = [callback.init_args for callback in config.trainer.callbacks or []]
     reward, stays = reward_bytes(settings.reward)
     around: dict[str, Any] = {
-        "optimizer": plan_optimizer(settings.optimizer),
+        "optimizer": plan_optimizer(settings.optimizer, policy.trained_dtype),
         "reward": reward if reward_gb is None else reward_gb * 1e9,
         "reward_stays": stays,
         **images_at_once(callbacks),
@@ -181,11 +181,12 @@ def plan_work(config: Any, policy: PlannedPolicy, gpus: int, reward_gb: float | 
     raise ValueError(f"expected GRPOModule or DPOModule, got {kind.__name__}; plan one of those")
 
 
-def plan_optimizer(settings: Any) -> OptimizerMemory:
-    """What the named optimizer keeps; AdamW by default."""
+def plan_optimizer(settings: Any, dtype: str) -> OptimizerMemory:
+    """What the named optimizer keeps for weights of a type; AdamW by default."""
     if not hasattr(settings, "class_path"):
-        return try_optimizer(torch.optim.AdamW)
-    return try_optimizer(partial(resolve_name(settings.class_path), **dict(settings.init_args)))
+        return try_optimizer(torch.optim.AdamW, dtype)
+    make = partial(resolve_name(settings.class_path), **dict(settings.init_args))
+    return try_optimizer(make, dtype)
 
 
 def reward_bytes(reward: Any) -> tuple[float, bool]:
@@ -256,13 +257,15 @@ def format_memory(planned: Memory) -> str:
 
 def format_seconds(spent: dict[str, float], policy: PlannedPolicy, work: PlannedWork) -> str:
     """The phases' seconds; under GRPO, whose step has all of them, their sum and the pace."""
-    launched = LAUNCH_SECONDS * policy.sizes.num_tokens
+    draws = max(1, work.draws)
+    launched = draws * LAUNCH_SECONDS * policy.sizes.num_tokens
     lines = [f"  {phase}: {value:.3g} s" for phase, value in spent.items()]
-    lines[0] += f" for {work.drawn} images (at least {launched:.3g} s by a loop of single kernels)"
+    alone = f"at least {launched:.3g} s by a loop of single kernels"
+    lines[0] += f" for {draws} x {work.drawn} images ({alone})"
     lines[2] += f" for {work.learnt} images"
-    if work.drawn == work.learnt:
+    if work.draws:
         total = sum(spent.values())
-        lines.append(f"  step: {total:.3g} s, {work.drawn / total:.3g} images/s on each GPU")
+        lines.append(f"  step: {total:.3g} s, {work.learnt / total:.3g} images/s on each GPU")
     lines.append("  not in these: rewards, making pictures of tokens, the optimizer, evaluations")
     return "\n".join(lines)
 

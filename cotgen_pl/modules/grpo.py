@@ -36,6 +36,7 @@ from cotgen_pl.losses import (
     token_statistics,
 )
 from cotgen_pl.metrics import merge_metrics, parity_metrics, peak_memory_gb, reward_metrics
+from cotgen_pl.modules.grpo_settings import check_losses, check_sizes, check_weights
 from cotgen_pl.modules.micro_batches import MicroBatchModule, MicroBatchSize
 from cotgen_pl.planning import PlannedWork, grpo_work
 from cotgen_pl.sampling import LogprobMode, forced_logits
@@ -65,6 +66,8 @@ class GRPOModule(MicroBatchModule):
         images_per_update: Images in a rollout, over all processes.
         group_size: Images per prompt. The study (arXiv 2505.17017) has 4 by secondary accounts,
             T2I-R1 has 8.
+        drawn_at_once: Images of a process that are drawn together, whole groups; their key-value
+            cache is memory. Absent means its whole rollout.
         micro_batch_size: Images per forward and backward pass in updates; absent means a process's
             whole rollout, `auto` as many as the device's memory is planned to hold.
         updates_per_rollout: Optimizer steps on each rollout; above 1, old log-probs are replayed
@@ -106,6 +109,7 @@ class GRPOModule(MicroBatchModule):
         images_budget: int = 16_384,
         images_per_update: int = 128,
         group_size: int = 4,
+        drawn_at_once: int | None = None,
         micro_batch_size: MicroBatchSize = None,
         updates_per_rollout: int = 1,
         logprobs: LogprobMode = "guided",
@@ -126,15 +130,17 @@ class GRPOModule(MicroBatchModule):
     ) -> None:
         super().__init__(policy, optimizer, lr_scheduler, guidance, temperature, seed)
         self.automatic_optimization = False
-        _check_sizes(images_budget, images_per_update, group_size, updates_per_rollout)
+        check_sizes(images_budget, images_per_update, group_size, drawn_at_once)
+        check_positive(updates_per_rollout=updates_per_rollout)
         self.take_micro_batch_size(micro_batch_size)
         check_choice("dead_groups", dead_groups, DeadGroups)
         check_choice("logprobs", logprobs, LogprobMode)
-        _check_weights(kl_penalty, gradient_clip)
+        check_weights(kl_penalty, gradient_clip)
         check_share(most_missing=most_missing)
         self.reward = reward
         self.images_budget, self.images_per_update = images_budget, images_per_update
-        self.group_size, self.logprobs = group_size, logprobs
+        self.group_size, self.drawn_at_once = group_size, drawn_at_once
+        self.logprobs = logprobs
         self.updates_per_rollout = updates_per_rollout
         self.kl_coef, self.kl_penalty = kl_coef, kl_penalty
         self.entropy_coef, self.gradient_clip = entropy_coef, gradient_clip
@@ -150,7 +156,7 @@ class GRPOModule(MicroBatchModule):
             "variant": variant,
             "entropy_coef": entropy_coef,
         }
-        self._check_loss_settings()
+        check_losses(self.loss_settings, advantage_scale, combine_rewards)
         self._images_drawn = 0  # in this step, on this process
 
     # Preparation --------------------------------------------------------------------------------
@@ -174,13 +180,6 @@ class GRPOModule(MicroBatchModule):
         """Whether there is a KL term."""
         return bool(self.kl_coef or self.kl_penalty)
 
-    def _check_loss_settings(self) -> None:
-        """Let the loss itself refuse what it cannot do, before weights load."""
-        one = torch.zeros(1, 1)
-        grpo_loss(one, one, one, one[0], entropy=one, **self.loss_settings)
-        parts = {"reward": torch.zeros(2)}
-        combined_advantages(parts, {"reward": 1.0}, 2, self.advantage_scale, self.combine_rewards)
-
     # One step -----------------------------------------------------------------------------------
 
     def training_step(self, prompts: list[Prompt], batch_idx: int) -> None:
@@ -192,6 +191,7 @@ class GRPOModule(MicroBatchModule):
         for _ in range(self.updates_per_rollout):
             with self.phase("update"):
                 self.update(rollout)
+        self.optimizers().zero_grad()  # type: ignore[union-attr]  # or they wait out a rollout
         self._log_performance(time.perf_counter() - started)
         self.rollouts += 1
         if self.images_sampled >= self.images_budget:
@@ -248,8 +248,7 @@ class GRPOModule(MicroBatchModule):
         self, prompts: list[Prompt], first_copy: int
     ) -> tuple[Tensor, Tensor, Scores]:
         with self.phase("rollout"):
-            tokens, logprobs = self.draw(prompts, self.group_size, "rollout", first_copy)
-            images = self.policy.decode(tokens)
+            tokens, logprobs, images = self._draw_pictures(prompts, first_copy)
         with self.phase("reward"):
             repeated = [prompt for prompt in prompts for _ in range(self.group_size)]
             scores = ask(self.reward, images, repeated)
@@ -260,6 +259,19 @@ class GRPOModule(MicroBatchModule):
         self._images_drawn += len(tokens)
         self.count_drawn(len(tokens))
         return tokens, logprobs, scores
+
+    def _draw_pictures(
+        self, prompts: list[Prompt], first_copy: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, log-probs and pictures of a group per prompt, `drawn_at_once` at a time."""
+        number = (self.drawn_at_once or self.images_per_update) // self.group_size
+        drawn = []
+        for start in range(0, len(prompts), number):
+            part = prompts[start : start + number]
+            tokens, logprobs = self.draw(part, self.group_size, "rollout", first_copy)
+            drawn.append((tokens, logprobs, self.policy.decode(tokens)))
+        tokens, logprobs, images = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return tokens, logprobs, images
 
     def _with_penalty(self, scores: Scores, rollout: Rollout) -> Scores:
         """The verdict with the divergence from the start policy as one more, negative part."""
@@ -369,28 +381,3 @@ class GRPOModule(MicroBatchModule):
         metrics["peak_memory_gb"] = peak_memory_gb(self.device)
         self.log_all("perf/", metrics)
         self.log("images/s", speed, prog_bar=True, logger=False)
-
-
-def _check_sizes(budget: int, per_update: int, group_size: int, updates: int) -> None:
-    if group_size < 2:
-        raise ValueError(
-            f"expected group_size of 2 or more, got {group_size}; one image has no group to beat"
-        )
-    if per_update % group_size:
-        raise ValueError(
-            f"images_per_update {per_update} does not split into groups of {group_size}; "
-            f"set group_size to a divisor of {per_update}"
-        )
-    if budget < per_update:
-        raise ValueError(
-            f"expected images_budget of at least images_per_update ({per_update}), got {budget}; "
-            "raise the budget"
-        )
-    check_positive(updates_per_rollout=updates)
-
-
-def _check_weights(kl_penalty: float, gradient_clip: float | None) -> None:
-    if not kl_penalty >= 0:
-        raise ValueError(f"expected kl_penalty of 0 or more, got {kl_penalty}; 0 is none")
-    if gradient_clip is not None and not gradient_clip > 0:
-        raise ValueError(f"expected gradient_clip above 0, got {gradient_clip}; null is none")

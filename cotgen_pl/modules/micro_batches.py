@@ -99,7 +99,7 @@ class MicroBatchModule(PolicyModule):
         return self.planned_work(
             policy,
             self.trainer.world_size,
-            optimizer=try_optimizer(self.optimizer),
+            optimizer=try_optimizer(self.optimizer, policy.trained_dtype),
             reward=held_bytes(reward),
             reward_stays=not getattr(reward, "offload", False),
             **images_at_once(self.trainer.callbacks),  # type: ignore[attr-defined]

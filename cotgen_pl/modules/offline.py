@@ -90,6 +90,14 @@ class OfflineModule(PolicyModule):
             self.seconds[name] = 0.0
         self.rollouts += 1
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take it, and let gradients go: else their memory waits out what is drawn until the next.
+
+        Arguments are Lightning's.
+        """
+        super().optimizer_step(*args, **kwargs)
+        self.trainer.optimizers[0].zero_grad()
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a non-finite gradient is clipped or reaches the weights."""
         gradients = [p.grad for p in self._trained().values() if p.grad is not None]

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from cotgen_pl.losses import logprobs as module
 from cotgen_pl.losses import sum_logprobs, token_logprobs, token_statistics
 from tests.losses.example import LN2, gradient_of
+from tests.toys import counted_peak
 
 
 def test_log_probs_and_entropy_by_hand() -> None:
@@ -47,6 +49,40 @@ def test_entropy_gradient_stays_finite_when_a_probability_underflows() -> None:
     logits = torch.tensor([[[0.0, -200.0]]], requires_grad=True)
     entropy = token_statistics(logits, torch.tensor([[0]]), entropy_gradient=True)[1]
     assert gradient_of(entropy.sum(), logits).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 20, 1000])
+def test_gradients_are_those_of_a_distribution_that_is_kept(monkeypatch, dtype, at_once) -> None:
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", at_once)  # one row of 7, two rows, all six
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 7, generator=generator).to(dtype).requires_grad_()
+    tokens = torch.randint(7, (2, 3), generator=generator)
+    weights = torch.randn(2, 2, 3, generator=generator).to(torch.promote_types(dtype, torch.float))
+    kept = torch.log_softmax(logits.to(weights.dtype) / 0.7, -1)
+    expected = kept.gather(-1, tokens[..., None])[..., 0], -(kept.exp() * kept).sum(-1)
+    results = token_statistics(logits, tokens, 0.7, entropy_gradient=True)
+    assert_close(results, expected)
+    for used in ((0,), (1,), (0, 1)):  # a gradient of one result, of the other, of both
+        ours, theirs = (
+            gradient_of(sum((weights[i] * values[i]).sum() for i in used), logits)
+            for values in (results, expected)
+        )
+        assert ours.dtype == dtype
+        assert_close(ours, theirs)
+
+
+def test_of_all_logits_only_they_and_their_gradient_are_held(monkeypatch) -> None:
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 1000)
+    logits = torch.zeros(4, 100, 1000, dtype=torch.bfloat16, requires_grad=True)
+    tokens = torch.zeros(4, 100, dtype=torch.int64)
+
+    def update() -> None:
+        token_statistics(logits, tokens)[0].mean().backward()
+        logits.grad = None
+
+    gradient = logits.nbytes
+    assert gradient < counted_peak(update) < 1.1 * gradient
 
 
 def test_sums_of_long_images_are_rounded_once_and_alike_in_every_batch_shape() -> None:

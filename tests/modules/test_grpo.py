@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from cotgen_pl.interfaces import Reward, Rollout, Scores
 from cotgen_pl.losses import group_advantages, token_logprobs
+from cotgen_pl.modules.grpo import GRPOModule
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.rewards.ensemble import Ensemble
 from cotgen_pl.scoring import ask
@@ -178,6 +179,41 @@ def test_micro_batches_make_the_same_update(tiny_janus, tmp_path, mode):
     for name in logged:
         assert rows[0][name] == pytest.approx(rows[2][name], abs=1e-8, nan_ok=True), name
         assert rows[1][name] == pytest.approx(rows[2][name], abs=1e-8, nan_ok=True), name
+
+
+def test_groups_drawn_one_by_one_make_the_same_rollout(tiny_janus, monkeypatch):
+    rollouts, drawn = [], []
+    draw = GRPOModule.draw
+
+    def counted(module, prompts, *arguments):
+        drawn.append(len(prompts))
+        return draw(module, prompts, *arguments)
+
+    monkeypatch.setattr(GRPOModule, "draw", counted)
+    for at_once in (None, 4, 8):
+        module = make_grpo(
+            tiny_janus, images_per_update=12, images_budget=12, drawn_at_once=at_once
+        )
+        module.configure_model()
+        rollouts.append(module._draw_pictures(numbered_prompts(3), 0))
+    assert drawn == [3, 1, 1, 1, 2, 1]
+    for other in rollouts[1:]:
+        assert torch.equal(other[0], rollouts[0][0])
+        torch.testing.assert_close(other[1:], rollouts[0][1:])
+
+
+def test_gradients_do_not_wait_out_the_next_rollout(tiny_janus, tmp_path, monkeypatch):
+    held = []
+    collect = GRPOModule.collect
+
+    def watched(module, prompts):
+        held.append([name for name, p in module.policy.named_parameters() if p.grad is not None])
+        return collect(module, prompts)
+
+    monkeypatch.setattr(GRPOModule, "collect", watched)
+    module = make_grpo(tiny_janus, images_budget=16)
+    row = fit(module, tmp_path).logger.rows[2]
+    assert held == [[], []] and row["train/grad_norm"] > 0
 
 
 def test_brighter_pictures_become_likelier(tiny_janus, tmp_path):
@@ -474,6 +510,8 @@ def test_a_non_finite_gradient_stops_too(tiny_janus, tmp_path, monkeypatch):
         ({"group_size": 1}, "expected group_size of 2 or more, got 1"),
         ({"images_budget": 4}, "expected images_budget of at least images_per_update"),
         ({"micro_batch_size": 0}, "expected micro_batch_size of 1 or more, got 0"),
+        ({"drawn_at_once": 6}, "expected drawn_at_once to be whole groups of 4, got 6"),
+        ({"drawn_at_once": 0}, "expected drawn_at_once to be whole groups of 4, got 0"),
         ({"updates_per_rollout": 0}, "expected updates_per_rollout of 1 or more, got 0"),
         ({"guidance": 0.5}, "expected guidance of 1"),
         ({"temperature": 0.0}, "expected temperature above 0, got 0.0"),
