@@ -6,7 +6,7 @@ Five habits cost it time or memory and change no number; each can be switched of
 2. `text_head`: the text head runs on every position, in sampling and in training, and what it says
    is thrown away.
 3. `full_logits`: the distributions [B, T, V] of rollout and reference are kept until the step ends,
-   in place of one log-prob per token.
+   in place of one log-prob per token, and that of the policy until its backward pass.
 4. `prompt_per_copy`: every copy of a prompt is read, and an unconditional row beside each.
 5. `image_per_backward`: pictures go through reference and update one at a time.
 
@@ -124,6 +124,7 @@ class NaiveStep:
         advantages = combined_advantages(rewards, {"total": 1.0}, self.setting.copies)
         reference = self.read_reference(tokens) if self.setting.kl_coef else None
         loss = self.update(tokens, advantages, reference)
+        self.optimizer.zero_grad()  # as transformers' Trainer does after each step
         self.kept.clear()
         return loss
 
@@ -199,7 +200,7 @@ class NaiveStep:
         losses = []
         for rows in self._parts(tokens):
             part = tokens[rows]
-            logprobs, entropy = token_statistics(self._guided_logits(self.model, part, rows), part)
+            logprobs, entropy = self._statistics(self._guided_logits(self.model, part, rows), part)
             compared = None
             if reference is not None:
                 compared = reference[rows]
@@ -220,6 +221,14 @@ class NaiveStep:
         nn.utils.clip_grad_norm_(trained, self.setting.gradient_clip)
         self.optimizer.step()
         return torch.stack(losses).sum()
+
+    def _statistics(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies, [b, T] each; by the third habit, autograd keeps [b, T, V]."""
+        if not self.habits.full_logits:
+            return token_statistics(logits, tokens)
+        distribution = logits.log_softmax(-1)
+        entropy = -(distribution.exp() * distribution).sum(-1).detach()
+        return distribution.gather(-1, tokens[..., None])[..., 0], entropy
 
     def _parts(self, tokens: Tensor) -> list[slice]:
         size = 1 if self.habits.image_per_backward else self.setting.micro_batch_size
