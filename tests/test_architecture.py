@@ -82,7 +82,16 @@ SHARED_INSIDE_THEIR_FOLDER = {
     "cotgen_pl.rewards.sanity",
     "tools.main",
 }
-FOLDERS_OPEN_INSIDE = {"bench", "conversion", "data", "decoding", "losses", "rules", "shapes"}
+FOLDERS_OPEN_INSIDE = {
+    "bench",
+    "conversion",
+    "data",
+    "decoding",
+    "losses",
+    "rules",
+    "shapes",
+    "study",
+}
 SEEN_THROUGH_INTERFACES = {"policies", "rewards"}
 HEAVY = {
     "bitsandbytes",

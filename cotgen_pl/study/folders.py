@@ -1,0 +1,285 @@
+"""A finished run folder, read into one record: all that a report may tell of a run.
+
+Nothing here knows how runs are started, and nothing is kept: what is not in the folder is not in
+the record, and a folder that is gone takes its rows along. Files are those of the README's "What a
+run leaves".
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cotgen_pl.study.definition import BASE, Cell, Group, Study
+
+Numbers = NDArray[np.float64]
+
+STRICT = "strict"  # a reward's part of this name is 1 for a right picture, else 0
+WATCHED = "watched/"
+
+
+# Records ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuiteVerdicts:
+    """What is said of G pictures of each of a suite's P prompts, at the end of a run.
+
+    All runs have the same prompts in the same order, and of one seed the same noise: prompt p's
+    copy g of one run pairs with that of another.
+    """
+
+    suite: str
+    domain: str
+    """`id`, `ood` or `shift`."""
+    indices: list[int]
+    """[P], each prompt's place in the suite; names its picture, see `Record.pictures`."""
+    prompts: list[str]
+    """[P]."""
+    categories: list[str]
+    """[P]."""
+    graded: Numbers
+    """[P, G], the suite's own score; NaN for no verdict."""
+    strict: Numbers | None
+    """[P, G], 1 for a right picture and 0 for another; None where the scorer has no such part."""
+    watched: Mapping[str, Numbers]
+    """[P, G] by reward that only watched, such as `narrow`; the base has those of all scorers."""
+    details: list[list[Any]]
+    """P lists of G, what the scorer tells of each picture; None for nothing."""
+
+    def score(self, kind: str = "graded") -> Numbers:
+        """[P, G] of `graded` or `strict`; all NaN where there is no strict score."""
+        if kind == STRICT:
+            return np.full_like(self.graded, math.nan) if self.strict is None else self.strict
+        return self.graded
+
+    def weights(self, category: str | None = None) -> Numbers:
+        """[P], of each prompt in the suite's mean over categories, or in that of one category."""
+        kept = np.array([category in (None, own) for own in self.categories])
+        names = sorted({own for own, keep in zip(self.categories, kept, strict=True) if keep})
+        counts = np.array([self.categories.count(own) for own in self.categories])
+        return np.where(kept, 1.0 / counts / max(1, len(names)), 0.0)
+
+    def prompt_means(self, kind: str = "graded") -> Numbers:
+        """[P], mean over the pictures that have a verdict; NaN where none has."""
+        values = self.score(kind)
+        known = ~np.isnan(values)
+        sums, numbers = np.where(known, values, 0.0).sum(1), known.sum(1)
+        return np.divide(sums, numbers, out=np.full(len(values), math.nan), where=numbers > 0)
+
+    def mean(self, category: str | None = None, kind: str = "graded") -> float:
+        """Mean over categories of the mean over pictures; of one category, over its pictures.
+
+        Pictures without a verdict are left out; NaN where a category has no verdict at all.
+        """
+        names = [category] if category is not None else sorted(set(self.categories))
+        own = np.array(self.categories)
+        values = self.score(kind)
+        return float(np.mean([_known_mean(values[own == name]) for name in names]))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric against what was spent until it was logged."""
+
+    updates: Numbers
+    """[N]."""
+    images: Numbers
+    """[N], sampled for training."""
+    values: Numbers
+    """[N]."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run took, until its end. NaN for the base, and for what its folder does not say."""
+
+    images: float
+    """Sampled for training."""
+    sequences: float
+    """Back-propagated; a pair has two."""
+    optimizer_steps: float
+    seconds: float
+    """Of training, without evaluations."""
+    kl_to_base: float
+    """Exact over the codebook, along drawn images, mean per token, in nats."""
+    peak_memory_gb: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a finished run folder says."""
+
+    folder: Path
+    run: str
+    seed: int
+    suites: Mapping[str, SuiteVerdicts]
+    """By name, of the end of training; of the base as it is."""
+    metrics: Mapping[str, Curve]
+    """By logged name, such as `val/id/mean`; none for the base."""
+    costs: Costs
+    pictures: Mapping[str, Mapping[int, Path]]
+    """By suite and by the prompt's place in it, the picture of copy 0, where it was kept."""
+    found: Mapping[str, Any]
+    """run.json: versions and how training ended; empty for the base."""
+
+    def domain_mean(self, domain: str, kind: str = "graded") -> float:
+        """Mean over a domain's suites of each one's mean over categories."""
+        return float(np.mean([s.mean(kind=kind) for s in self.suites_of(domain)]))
+
+    def suites_of(self, domain: str) -> list[SuiteVerdicts]:
+        """The suites of a domain.
+
+        Raises:
+            ValueError: There is none.
+        """
+        found = [suite for suite in self.suites.values() if suite.domain == domain]
+        if not found:
+            raise ValueError(
+                f"{self.folder}: expected a suite of domain {domain}, got "
+                f"{[suite.domain for suite in self.suites.values()]}; evaluate one"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a study, and what is not there."""
+
+    study: Study
+    records: Mapping[tuple[str, int], Record]
+    """By run and seed."""
+    missing: tuple[tuple[str, int], ...]
+    """Runs and seeds that are not finished."""
+
+    def base(self, seed: int) -> Record | None:
+        """The policy without training, drawn with the noise of a seed."""
+        return self.records.get((BASE, seed))
+
+    def of(self, cell: Cell) -> dict[int, Record]:
+        """By seed, the finished runs of a place in a group."""
+        return {s: self.records[cell.run, s] for s in cell.seeds if (cell.run, s) in self.records}
+
+    def rows(self, group: Group | str) -> Iterator[tuple[Cell, dict[int, Record]]]:
+        """Each place of a group with its finished runs; places without any are left out."""
+        own = self.study.groups[group] if isinstance(group, str) else group
+        for cell in own.cells:
+            found = self.of(cell)
+            if found:
+                yield cell, found
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def read_record(folder: Path, run: str, seed: int) -> Record:
+    """Read a finished run folder.
+
+    Raises:
+        ValueError: It holds no verdicts.
+    """
+    suites = _read_suites(folder / "evaluation")
+    if not suites:
+        raise ValueError(
+            f"expected verdicts in {folder / 'evaluation'}, got none; let the run finish, with "
+            "SuiteEvaluation among its callbacks"
+        )
+    metrics = _read_metrics(folder / "metrics.csv")
+    found = folder / "run.json"
+    return Record(
+        folder=folder,
+        run=run,
+        seed=seed,
+        suites=suites,
+        metrics=metrics,
+        costs=_costs(metrics),
+        pictures={name: _read_pictures(folder, name) for name in suites},
+        found=json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {},
+    )
+
+
+def _read_suites(folder: Path) -> dict[str, SuiteVerdicts]:
+    """By name; `<suite>-<digest>.json` has older verdicts, of other weights or seeds."""
+    contents = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))}
+    return {name: _read_suite(c) for name, c in contents.items() if c["suite"] == name}
+
+
+def _read_suite(content: Mapping[str, Any]) -> SuiteVerdicts:
+    rows = sorted(content["verdicts"], key=lambda row: (row["index"], row["copy"]))
+    copies = 1 + max(row["copy"] for row in rows)
+    first = rows[::copies]
+
+    def table(value: Any) -> Numbers:
+        numbers = [math.nan if v is None else v for v in map(value, rows)]
+        return np.array(numbers, dtype=np.float64).reshape(-1, copies)
+
+    others = [name for name in rows[0]["others"] if name.startswith(WATCHED)]
+    return SuiteVerdicts(
+        suite=content["suite"],
+        domain=content["domain"],
+        indices=[row["index"] for row in first],
+        prompts=[row["prompt"] for row in first],
+        categories=[row["category"] for row in first],
+        graded=table(lambda row: row["total"]),
+        strict=table(lambda row: row["parts"][STRICT]) if STRICT in rows[0]["parts"] else None,
+        watched={
+            name.removeprefix(WATCHED): table(lambda row, name=name: row["others"][name])
+            for name in others
+        },
+        details=[
+            [row["details"] for row in rows[at : at + copies]] for at in range(0, len(rows), copies)
+        ],
+    )
+
+
+def _read_metrics(path: Path) -> dict[str, Curve]:
+    """Every logged number by its name; none where there is no file."""
+    if not path.is_file():
+        return {}
+    points: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            points.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    images = {0: 0.0, **dict(points.get("perf/images_sampled", []))}
+    return {name: _curve(sorted(values), images) for name, values in points.items()}
+
+
+def _curve(points: Sequence[tuple[int, float]], images: Mapping[int, float]) -> Curve:
+    steps = [step for step, _ in points]
+    return Curve(
+        np.array(steps, dtype=np.float64),
+        np.array([images.get(step, math.nan) for step in steps]),
+        np.array([value for _, value in points]),
+    )
+
+
+def _costs(metrics: Mapping[str, Curve]) -> Costs:
+    def last(name: str) -> float:
+        return float(metrics[name].values[-1]) if name in metrics else math.nan
+
+    return Costs(
+        images=last("perf/images_sampled"),
+        sequences=last("perf/sequences_backpropagated"),
+        optimizer_steps=last("perf/optimizer_steps"),
+        seconds=last("perf/training_s"),
+        kl_to_base=last("val/kl_to_base"),
+        peak_memory_gb=last("perf/peak_memory_gb"),
+    )
+
+
+def _read_pictures(folder: Path, suite: str) -> dict[int, Path]:
+    paths = (folder / "evaluation" / "pictures" / suite).glob("*.png")
+    return {int(path.stem): path for path in sorted(paths)}
+
+
+def _known_mean(values: Numbers) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan

@@ -1,0 +1,87 @@
+"""A run folder read into a record, against files written out by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from cotgen_pl.study.folders import read_record
+
+PROMPTS = [("a red circle", "color"), ("two cats", "count"), ("three cats", "count")]
+TOTALS = [[1.0, 0.5], [0.0, None], [1.0, 1.0]]  # None: no verdict
+
+
+def write_suite(folder, name="near", domain="id", totals=TOTALS, file=None):
+    rows = [
+        {
+            "index": index,
+            "prompt": text,
+            "category": category,
+            "copy": copy,
+            "seed": 10 * index + copy,
+            "total": totals[index][copy],
+            "parts": {"graded": totals[index][copy], "strict": float(totals[index][copy] == 1)},
+            "others": {"watched/narrow": 0.1 * copy, "trained": 0.3},
+            "details": {"failed": []},
+        }
+        for index, (text, category) in enumerate(PROMPTS)
+        for copy in range(2)
+    ]
+    path = folder / "evaluation" / f"{file or name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"suite": name, "domain": domain, "verdicts": rows[::-1]}))
+
+
+def write_metrics(folder, rows):
+    lines = [f"r,{step},{metric},{value!r}" for step, metric, value in rows]
+    (folder / "metrics.csv").write_text("\n".join(["run,step,metric,value", *lines]) + "\n")
+
+
+def test_verdicts_are_tables_of_prompts_and_copies(tmp_path):
+    write_suite(tmp_path)
+    suite = read_record(tmp_path, "main/grpo", 3).suites["near"]
+    assert suite.prompts == [text for text, _ in PROMPTS]
+    np.testing.assert_equal(suite.graded, [[1.0, 0.5], [0.0, math.nan], [1.0, 1.0]])
+    np.testing.assert_equal(suite.strict, [[1, 0], [0, 0], [1, 1]])
+    np.testing.assert_equal(suite.watched["narrow"], [[0, 0.1]] * 3)
+    assert list(suite.watched) == ["narrow"]
+    assert suite.details[0] == [{"failed": []}] * 2
+
+
+def test_means_leave_out_missing_verdicts(tmp_path):
+    write_suite(tmp_path)
+    record = read_record(tmp_path, "main/grpo", 3)
+    suite = record.suites["near"]
+    assert suite.mean("color") == pytest.approx(0.75)
+    assert suite.mean("count") == pytest.approx(2 / 3)  # of 0, 1 and 1
+    assert suite.mean() == record.domain_mean("id") == pytest.approx((0.75 + 2 / 3) / 2)
+    assert suite.mean(kind="strict") == pytest.approx((0.5 + 0.5) / 2)
+    np.testing.assert_allclose(suite.prompt_means(), [0.75, 0.0, 1.0])
+    np.testing.assert_allclose(suite.weights(), [0.5, 0.25, 0.25])
+    np.testing.assert_allclose(suite.weights("count"), [0.0, 0.5, 0.5])
+
+
+def test_verdicts_of_other_weights_are_not_read(tmp_path):
+    write_suite(tmp_path)
+    write_suite(tmp_path, totals=[[0.0, 0.0]] * 3, file="near-0123abcd")
+    assert list(read_record(tmp_path, "r", 0).suites) == ["near"]
+    assert read_record(tmp_path, "r", 0).suites["near"].mean("color") == 0.75
+
+
+def test_curves_are_against_images(tmp_path):
+    write_suite(tmp_path)
+    rows = [(0, "val/id/mean", 0.5), (1, "perf/images_sampled", 8.0), (1, "perf/training_s", 1.0)]
+    rows += [(2, "perf/images_sampled", 16.0), (2, "val/id/mean", 0.75), (2, "val/kl_to_base", 0.1)]
+    write_metrics(tmp_path, rows)
+    record = read_record(tmp_path, "r", 0)
+    curve = record.metrics["val/id/mean"]
+    assert curve.images.tolist() == [0, 16]
+    assert curve.values.tolist() == [0.5, 0.75]
+    assert (record.costs.images, record.costs.seconds, record.costs.kl_to_base) == (16, 1, 0.1)
+    assert math.isnan(record.costs.sequences)
+
+
+def test_folder_without_verdicts_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="let the run finish"):
+        read_record(tmp_path, "r", 0)
