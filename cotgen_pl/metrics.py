@@ -6,6 +6,9 @@ Apart from the losses, which nothing here enters, and from the module that logs 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -90,6 +93,38 @@ def merge_metrics(metrics: dict[str, Tensor], part: dict[str, Tensor], share: fl
             metrics[name] = torch.minimum(metrics.get(name, value), value)
         else:
             metrics[name] = metrics.get(name, 0) + share * value
+
+
+class Stopwatch:
+    """Counts seconds while it runs.
+
+    Args:
+        seconds: Counted before.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._since: float | None = None  # of a clock; None while it stands
+
+    @property
+    def seconds(self) -> float:
+        """Counted so far."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._before + running
+
+    def start(self) -> None:
+        """Go on."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stand still while the context lasts, unless it stands anyway."""
+        runs = self._since is not None
+        self._before, self._since = self.seconds, None
+        yield
+        if runs:
+            self.start()
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -49,6 +49,8 @@ EXPECTED = (
 # What Lightning resolves by itself, beside `last`.
 RESOLVED_BY_LIGHTNING = ("best", "hpc")
 
+ENDED = "ended.json"
+
 # No space, quota used up, file beyond `ulimit -f`.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -56,8 +58,9 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class SaveRunConfig(SaveConfigCallback):
     """Writes config.yaml into the run folder, and beside it what was found out: run.json.
 
-    In training alone, and once callbacks, weights and data have had no objection: a run that was
-    refused leaves none. Without ckpt_path: a resumed run's file, too, runs again by itself.
+    Once callbacks, weights and data have had no objection: a run that was refused leaves none.
+    Without ckpt_path: a resumed run's file, too, runs again by itself. ended.json is there once
+    training has ended, and until it goes on. `validate` leaves evaluation/validate.yaml.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,9 +71,22 @@ class SaveRunConfig(SaveConfigCallback):
         assert isinstance(pl_module, PolicyModule)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
-            found = json.dumps(self._found_out(pl_module), indent=2, ensure_ascii=False) + "\n"
-            write_whole(folder / "run.json", lambda part: part.write_text(found))
+            (folder / ENDED).unlink(missing_ok=True)
+            _write_json(folder / "run.json", self._found_out(pl_module))
             write_whole(folder / self.config_filename, self._write_config)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that training has ended, now that all callbacks have done their last."""
+        assert isinstance(pl_module, PolicyModule)
+        if trainer.is_global_zero:
+            counts = {"updates": pl_module.rollouts, "images_sampled": pl_module.images_sampled}
+            _write_json(Path(trainer.default_root_dir) / ENDED, counts)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what a checkpoint or a folder is scored with."""
+        if trainer.is_global_zero and trainer.state.fn == "validate":
+            folder = Path(trainer.default_root_dir)
+            write_whole(folder / "evaluation/validate.yaml", self._write_config)
 
     def _found_out(self, module: PolicyModule) -> dict[str, Any]:
         versions = {name: version(name) for name in ("torch", "transformers", "lightning")}
@@ -84,6 +100,11 @@ class SaveRunConfig(SaveConfigCallback):
         config = self.config.clone()
         config.ckpt_path = None
         self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, lambda part: part.write_text(text))
 
 
 class Curves(TensorBoardLogger):

@@ -76,5 +76,6 @@ class Observer(Callback, ABC):
             self._observe(trainer, pl_module, thoroughly=True)
 
     def _observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
-        self.observe(trainer, module, thoroughly=thoroughly)
+        with module.stopwatch.paused():
+            self.observe(trainer, module, thoroughly=thoroughly)
         self.last_observed = module.rollouts

@@ -14,6 +14,7 @@ from cotgen_pl.callbacks.base import Observer
 from cotgen_pl.callbacks.leak_check import LeakAction, LeakCheck
 from cotgen_pl.callbacks.suites import (
     OWN,
+    Gallery,
     JudgedSuite,
     Metrics,
     Suite,
@@ -81,12 +82,16 @@ class SuiteEvaluation(Observer):
         batch_size: Images drawn at a time, on each process.
         kl_images: Images of each in-domain and out-of-domain suite along which the divergence is
             taken; 0 leaves it out.
-        watched: Rewards, by names of your own, that are looked at and not trained on; absent means
-            no alarm, none at all ({}) that `val/ood/mean` alone is watched.
+        watched: Rewards, by names of your own, that are looked at on all suites and not trained on;
+            absent means no alarm, none at all ({}) that `val/ood/mean` alone is watched.
         prompts_per_category: Prompts of each suite's categories in the middle of a run, spread
             evenly over the category's list and the same each time; absent means all.
         leaks: What to do about prompts in training that a suite in or out of domain holds out; see
             `cotgen_pl.callbacks.leak_check.LeakCheck`.
+        scores_start: Whether a run's start is scored; what `validate` says of the same weights
+            and seed is the same.
+        pictures_per_category: Prompts of each suite's categories whose first picture is kept with
+            the verdicts, as `evaluation/pictures/<suite>/<place in the suite>.png`.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class SuiteEvaluation(Observer):
         watched: dict[str, Reward] | None = None,
         prompts_per_category: int | None = None,
         leaks: LeakAction = "drop",
+        scores_start: bool = True,
+        pictures_per_category: int = 0,
     ) -> None:
         names = [suite.name for suite in suites]
         if not suites or len(set(names)) < len(names):
@@ -129,6 +136,7 @@ class SuiteEvaluation(Observer):
         self.last_scored = -1
         """Rollouts before the last scores."""
         self.watched, self.leak_check = watched, LeakCheck(leaks)
+        self.scores_start, self.pictures_per_category = scores_start, pictures_per_category
         self.course: Course | None = None
         """What the alarm remembers."""
         self.tables = ""
@@ -150,10 +158,12 @@ class SuiteEvaluation(Observer):
 
     def observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
         """Score, and keep the scores of the start for the table."""
-        metrics = self.evaluate(module, thoroughly=thoroughly)
-        if module.rollouts == 0:
-            self.first = metrics
+        starts = module.rollouts == 0
+        if starts:
             self.leak_check.write(trainer)
+        if not starts or self.scores_start:
+            metrics = self.evaluate(module, thoroughly=thoroughly)
+            self.first = metrics if starts else self.first
 
     def on_train_batch_end(
         self,
@@ -241,7 +251,12 @@ class SuiteEvaluation(Observer):
         thoroughly = store is not None
         prompts = (self.prompts if thoroughly else self.samples)[suite.name]
         rewards, copies = self._rewards(module, suite), self._copies(suite, thoroughly=thoroughly)
-        return judge_suite(module, suite, prompts, rewards, copies, self.batch_size, store)
+        gallery = self._gallery(module, suite) if thoroughly and _keeps_files(module) else None
+        return judge_suite(module, suite, prompts, rewards, copies, self.batch_size, store, gallery)
+
+    def _gallery(self, module: PolicyModule, suite: Suite) -> Gallery:
+        kept = sample_prompts(self.prompts[suite.name], self.pictures_per_category)
+        return Gallery(_folder(module) / "pictures" / suite.name, kept)
 
     def _means(self, judged: Sequence[JudgedSuite]) -> Metrics:
         """What the suites' verdicts come to."""
@@ -284,7 +299,7 @@ class SuiteEvaluation(Observer):
         for suite in judged:
             warn_of_equal(suite)
         if module.trainer.is_global_zero:
-            for suite in judged if module.rollouts or _validates(module) else ():
+            for suite in judged if _keeps_files(module) else ():
                 self._write(module, suite, stores[suite.suite.name])
             for store in stores.values():
                 store.remove()
@@ -310,7 +325,7 @@ class SuiteEvaluation(Observer):
     def _rewards(self, module: PolicyModule, suite: Suite) -> dict[str, Reward]:
         """All that judge a suite: its own, those that are watched, and the one trained on."""
         rewards = {OWN: scorer_of(module, suite.reward, f"suite {suite.name}")}
-        if self.watched is None or suite.domain == "shift":
+        if self.watched is None:
             return rewards
         rewards |= {f"watched/{name}": reward for name, reward in self.watched.items()}
         trained = getattr(module, "reward", None)
@@ -381,6 +396,11 @@ def _check_shares(suite: Suite, num_prompts: int, num_processes: int) -> None:
 def _validates(module: PolicyModule) -> bool:
     """Whether a checkpoint is scored, which has no course to watch."""
     return module.trainer.state.fn == "validate"
+
+
+def _keeps_files(module: PolicyModule) -> bool:
+    """Whether verdicts are written: not those of a run's start."""
+    return module.rollouts > 0 or _validates(module)
 
 
 def _folder(module: PolicyModule) -> Path:

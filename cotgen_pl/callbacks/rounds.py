@@ -259,7 +259,8 @@ class IterativeRounds(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a Trainer has them
             if isinstance(callback, SuiteEvaluation):
                 if callback.last_scored != module.rollouts:
-                    with module.own_random_state("end of round", self.round):
+                    state = module.own_random_state("end of round", self.round)
+                    with state, module.stopwatch.paused():
                         callback.observe(trainer, module, thoroughly=ends)
                     callback.last_observed = module.rollouts
                 scores |= {n: callback.last[n] for n in RECORDED if n in callback.last}

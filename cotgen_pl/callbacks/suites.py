@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +20,11 @@ from tqdm.auto import tqdm
 
 from cotgen_pl.callbacks.verdicts import JudgedBatch, VerdictStore, as_plain
 from cotgen_pl.data.prompts import PromptFile, read_prompts
+from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, Prompt, Reward, Scores, check_positive, check_scores
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.monitors import Verdicts, diversity
+from cotgen_pl.pixels import to_pillow
 from cotgen_pl.sampling import forced_logits
 from cotgen_pl.scoring import ask
 
@@ -131,6 +135,27 @@ class JudgedSuite:
         return metrics
 
 
+@dataclass
+class Gallery:
+    """Keeps the first picture of some of a suite's prompts, as `<place in the suite>.png`."""
+
+    folder: Path
+    prompts: list[Prompt]
+
+    def keep(self, prompts: Sequence[Prompt], images: Tensor) -> None:
+        """Write those of P prompts that are wanted.
+
+        Args:
+            prompts: P.
+            images: [P, 3, H, W] in [0, 1], the first of each.
+        """
+        wanted = {prompt.index for prompt in self.prompts}
+        for prompt, picture in zip(prompts, to_pillow(images), strict=True):
+            if prompt.index in wanted:
+                path = self.folder / f"{prompt.index}.png"
+                write_whole(path, partial(picture.save, format="PNG"))
+
+
 def read_suite(suite: Suite) -> list[Prompt]:
     """A suite's prompts, numbered."""
     prompts = [prompt for file in suite.files for prompt in read_prompts(file)]
@@ -147,6 +172,8 @@ def sample_prompts(prompts: Sequence[Prompt], per_category: int | None) -> list[
     """
     if per_category is None:
         return list(prompts)
+    if per_category == 0:
+        return []
     kept: set[int] = set()
     for category in dict.fromkeys(prompt.category for prompt in prompts):
         own = [prompt.index for prompt in prompts if prompt.category == category]
@@ -163,6 +190,7 @@ def judge_suite(
     copies: int,
     batch_size: int,
     store: VerdictStore | None = None,
+    gallery: Gallery | None = None,
 ) -> JudgedSuite:
     """Draw `copies` pictures of each prompt and ask each reward; each process has its share.
 
@@ -175,6 +203,7 @@ def judge_suite(
         batch_size: Images drawn at a time, on each process.
         store: Where verdicts are kept until the evaluation is finished. What is in it is not drawn
             again.
+        gallery: Keeps some pictures.
     """
     done = _take_up(module, store) if store else []
     finished = {index for batch in done for index in batch.prompts}
@@ -184,7 +213,7 @@ def judge_suite(
     drawn = []
     with _progress(module, suite, copies * len(own)) as bar:
         for part in _split(own, max(1, batch_size // copies)):
-            drawn.append(_judge_batch(module, suite, part, rewards, copies))
+            drawn.append(_judge_batch(module, suite, part, rewards, copies, gallery))
             if store:
                 store.append(drawn[-1])
             bar.update(len(part) * copies)
@@ -222,10 +251,13 @@ def _judge_batch(
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
     copies: int,
+    gallery: Gallery | None,
 ) -> JudgedBatch:
     """Draw and ask; rewards that draw have a random state that belongs to the batch."""
     tokens, _ = module.draw(prompts, copies, "evaluation")
     images = module.policy.decode(tokens)
+    if gallery is not None:
+        gallery.keep(prompts, images[::copies])
     with module.own_random_state("evaluation", suite.name, prompts[0].index):
         scores = ask_each(rewards, images, [p for p in prompts for _ in range(copies)])
     variety = (

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from cotgen_pl.adapters import lend_weights
 from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, Prompt, Reward
-from cotgen_pl.metrics import MAXIMA, MINIMA
+from cotgen_pl.metrics import MAXIMA, MINIMA, Stopwatch
 from cotgen_pl.sampling import check_guidance, noise_seed, sample_tokens
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # others lose small steps or rewards' precision
@@ -61,6 +62,9 @@ class PolicyModule(LightningModule):
         self.reference: Policy | None = None  # the frozen twin of a module that holds one
         self.images_sampled = 0
         self.rollouts = 0
+        self.sequences_backpropagated = 0.0
+        self.stopwatch = Stopwatch()
+        """Runs in training, and pauses while callbacks look at the policy."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.write_pictures: Callable[[], int] | None = None
         """What `predict` does, and how many pictures that made; `ImageWriter` sets it."""
@@ -133,6 +137,7 @@ class PolicyModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Tell the loggers where the run stands, before it logs: it may be a resumed one."""
+        self.stopwatch.start()
         for logger in self.loggers:
             logger.log_metrics({}, step=self.rollouts)
 
@@ -264,6 +269,15 @@ class PolicyModule(LightningModule):
         sampled = self.images_sampled
         return {"images_sampled": float(sampled), "images_redrawn": float(drawn - sampled)}
 
+    def count_work(self, sequences: int, optimizer_steps: int) -> dict[str, float]:
+        """Count an update's sequences on this process; what training has taken since its start."""
+        self.sequences_backpropagated += sequences * self.trainer.world_size
+        return {
+            "sequences_backpropagated": self.sequences_backpropagated,
+            "optimizer_steps": float(optimizer_steps),
+            "training_s": self.stopwatch.seconds,
+        }
+
     # Processes, clocks and loggers ------------------------------------------------------------
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
@@ -327,6 +341,10 @@ class PolicyModule(LightningModule):
         """Add counters, torch's random state and the weights of a refreshed reference."""
         checkpoint["reference"] = self._reference_weights
         checkpoint["progress"] = {"images_sampled": self.images_sampled, "rollouts": self.rollouts}
+        checkpoint["work"] = {
+            "sequences_backpropagated": self.sequences_backpropagated,
+            "seconds": self.stopwatch.seconds,
+        }
         pending = self._random_state  # of a resumed run that has had no batch yet
         checkpoint["random_state"] = torch.get_rng_state() if pending is None else pending
 
@@ -338,6 +356,10 @@ class PolicyModule(LightningModule):
         """
         self.images_sampled = checkpoint["progress"]["images_sampled"]
         self.rollouts = checkpoint["progress"]["rollouts"]
+        unknown = {"sequences_backpropagated": nan, "seconds": nan}  # to older checkpoints
+        work = checkpoint.get("work", unknown)
+        self.sequences_backpropagated = work["sequences_backpropagated"]
+        self.stopwatch = Stopwatch(work["seconds"])
         if self.rollouts > 0:
             self._random_state = checkpoint["random_state"].cpu()
         begins_folder = self.trainer.state.fn == "fit" and not self._drawn_folder.exists()

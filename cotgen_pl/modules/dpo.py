@@ -142,7 +142,7 @@ class DPOModule(MicroBatchModule, OfflineModule):
             reference = self._reference_of(pairs)
         loss, metrics = self._loss_in_parts(pairs, reference)
         self.check_finite(loss, "loss")
-        self.log_update(metrics)
+        self.log_update(metrics, sequences=2 * len(pairs))
         return loss
 
     def _loss_in_parts(

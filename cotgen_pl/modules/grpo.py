@@ -378,6 +378,8 @@ class GRPOModule(MicroBatchModule):
         metrics = {f"{name}_s": spent for name, spent in self.seconds.items()}
         speed = self._images_drawn * self.trainer.world_size / seconds
         metrics |= {"images_per_s": speed, **self.image_counts()}
+        sequences = self.updates_per_rollout * self.images_per_update // self.trainer.world_size
+        metrics |= self.count_work(sequences, self.global_step)
         metrics["peak_memory_gb"] = peak_memory_gb(self.device)
         self.log_all("perf/", metrics)
         self.log("images/s", speed, prog_bar=True, logger=False)

@@ -79,13 +79,19 @@ class OfflineModule(PolicyModule):
             )
         return self.reward
 
-    def log_update(self, metrics: Mapping[str, Any]) -> None:
-        """Log a step with the time spent since the one before, and count it."""
+    def log_update(self, metrics: Mapping[str, Any], sequences: int) -> None:
+        """Log a step with the time spent since the one before, and count it.
+
+        Args:
+            metrics: Of training.
+            sequences: Images that this process back-propagates.
+        """
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_all("train/", {**metrics, "learning_rate": rate})
         performance = {f"{name}_s": spent for name, spent in self.seconds.items()}
         performance["peak_memory_gb"] = peak_memory_gb(self.device)
-        self.log_all("perf/", performance | self.image_counts())
+        work = self.count_work(sequences, self.global_step + 1)  # the step comes after its loss
+        self.log_all("perf/", performance | self.image_counts() | work)
         for name in self.seconds:  # not cleared: Lightning repeats what is not logged
             self.seconds[name] = 0.0
         self.rollouts += 1

@@ -72,7 +72,7 @@ class SFTModule(OfflineModule):
         logits = self.policy.logits(texts, tokens, self._dropped(len(prompts)))
         loss = -token_logprobs(logits, tokens).mean()
         self.check_finite(loss, "loss")
-        self.log_update({"loss": loss})
+        self.log_update({"loss": loss}, sequences=len(tokens))
         return loss
 
     def _examples(

@@ -69,7 +69,7 @@ def test_conditions_are_dropped_by_share(janus_of_32_pixels, tmp_path, share):
 def test_loss_is_the_mean_negative_log_likelihood(janus_of_32_pixels):
     module = watched(janus_of_32_pixels, condition_dropout=0.0)
     module.configure_model()
-    module.log_update = lambda metrics: None
+    module.log_update = lambda metrics, sequences: None
     prompts = [Prompt("a red circle"), Prompt("two"), Prompt("a blue square and a circle")]
     pictures = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_loss_is_the_mean_negative_log_likelihood(janus_of_32_pixels):
 def test_of_pairs_the_chosen_pictures_are_learnt(janus_of_32_pixels, tmp_path):
     module = watched(janus_of_32_pixels, condition_dropout=0.0)
     module.configure_model()
-    module.log_update = lambda metrics: None
+    module.log_update = lambda metrics, sequences: None
     batch = write_pairs(tmp_path, 3, torch.randint(0, 32, (3, 2, 16))).batch([2, 0])
     with torch.no_grad():
         loss = module.training_step(batch, 0)
