@@ -81,6 +81,7 @@ SHARED_INSIDE_THEIR_FOLDER = {
     "cotgen_pl.rewards.perception",
     "cotgen_pl.rewards.sanity",
     "tools.main",
+    "tools.plan",
 }
 FOLDERS_OPEN_INSIDE = {
     "bench",

@@ -133,6 +133,7 @@ class Unbuilt(CommandLine):
     def after_instantiate_classes(self) -> None:
         """Keep what was read, and have nothing run."""
         self.read = self.config[self.subcommand]
+        self.reader = self._parser(self.subcommand)
         self.subcommand = None
 
 

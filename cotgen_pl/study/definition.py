@@ -12,6 +12,7 @@ and `{folder}` in an override stands for the study's own folder:
 
 A group spans axes. Each axis has levels, each level has `overrides` and may have a `config` and
 `starts_from`; the group's runs are all combinations, and a run's labels are its level on each axis.
+`where` in a level holds what it says for one level of another axis alone.
 """
 
 from __future__ import annotations
@@ -213,12 +214,20 @@ def _read_group(
     axes: Mapping[str, Mapping[str, Any]] = entry["axes"]
     cells = []
     for levels in itertools.product(*axes.values()):
-        labels = dict(zip(axes, levels, strict=True))
-        parts = [entry, *(axes[axis][level] or {} for axis, level in labels.items())]
+        labels = dict(zip(axes, map(str, levels), strict=True))
+        own = [axes[axis][level] or {} for axis, level in zip(axes, levels, strict=True)]
+        parts = [entry, *(part for level in own for part in _parts(level, labels))]
         run = _join_run(name, labels, parts, own_seeds)
         cells.append(Cell(labels, _add_run(runs, run), own_seeds))
-    spans = {axis: tuple(levels) for axis, levels in axes.items()}
+    spans = {axis: tuple(map(str, levels)) for axis, levels in axes.items()}
     return Group(name, entry["title"], comparison, priority, spans, tuple(cells))
+
+
+def _parts(level: Mapping[str, Any], labels: Mapping[str, str]) -> Iterator[Mapping[str, Any]]:
+    """What a level says, and what it says where another axis has a certain level."""
+    yield {name: value for name, value in level.items() if name != "where"}
+    where = level.get("where", {})
+    yield from (where[label] for label in labels.values() if label in where)
 
 
 def _join_run(

@@ -129,7 +129,7 @@ class Record:
     pictures: Mapping[str, Mapping[int, Path]]
     """By suite and by the prompt's place in it, the picture of copy 0, where it was kept."""
     found: Mapping[str, Any]
-    """run.json: versions and how training ended; empty for the base."""
+    """run.json: versions and the policy; empty for the base."""
 
     def domain_mean(self, domain: str, kind: str = "graded") -> float:
         """Mean over a domain's suites of each one's mean over categories."""

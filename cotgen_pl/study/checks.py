@@ -1,0 +1,81 @@
+"""What can be wrong with a study, told before any of its runs starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cotgen_pl.study.claims import Claim
+from cotgen_pl.study.definition import Cell, Group, Study
+
+SEEDS_OF_A_DEVIATION = 2  # the sample deviation of one number is not defined
+
+Settings = Mapping[str, Any]
+
+
+def check_study(
+    study: Study, settings: Mapping[str, Settings], claims: list[Claim], deviates: bool = True
+) -> None:
+    """Raise a ValueError that names the first mistake.
+
+    Args:
+        study: What is to run.
+        settings: By run, its whole configuration.
+        claims: That the study tests.
+        deviates: Whether deviations are told and claims tested; not of one quick seed.
+    """
+    for run in study.runs.values():
+        if run.command == "fit":
+            check_resumable(run.name, settings[run.name])
+    for group in study.groups.values():
+        if group.comparison == "controlled":
+            check_budgets(group, settings)
+    for name, table in study.tables.items() if deviates else ():
+        wanted = SEEDS_OF_A_DEVIATION if table.get("deviation", True) else 1
+        check_seeds(study.groups[table["group"]], wanted, f"the deviation in table {name}")
+    for claim in claims:
+        if claim.group in study.groups:
+            group = study.groups[claim.group]
+            claim.check(group)
+            if deviates:
+                check_seeds(group, claim.least_seeds, f"the test of claim {claim.name}")
+
+
+def check_budgets(group: Group, settings: Mapping[str, Settings]) -> None:
+    """A controlled comparison has one budget of images."""
+    budgets = {cell.run: images_of(settings[cell.run]) for cell in group.cells}
+    if len(set(budgets.values())) > 1:
+        raise ValueError(
+            f"group {group.name}: expected equal budgets of images in a controlled comparison, got "
+            f"{budgets}; set model.init_args.images_budget alike, or call it growing"
+        )
+
+
+def images_of(settings: Settings) -> int:
+    """Images that a configuration samples for training."""
+    return int(settings["model"]["init_args"].get("images_budget", 0))
+
+
+def check_seeds(group: Group, wanted: int, purpose: str) -> None:
+    """Every cell of a group has as many seeds as something needs."""
+    few: list[Cell] = [cell for cell in group.cells if len(cell.seeds) < wanted]
+    if few:
+        raise ValueError(
+            f"group {group.name}: expected {wanted} seeds or more for {purpose}, got "
+            f"{list(few[0].seeds)} for {dict(few[0].labels)}; name more seeds, or leave it out"
+        )
+
+
+def check_resumable(name: str, settings: Settings) -> None:
+    """A run that is killed must be able to go on, and its end must be scored."""
+    callbacks = settings["trainer"]["callbacks"] or []
+    if not any(callback["init_args"].get("save_last") for callback in callbacks):
+        raise ValueError(
+            f"run {name}: expected a ModelCheckpoint with save_last: true, so that a killed run "
+            "goes on, got none; add it to the callbacks of its config"
+        )
+    if not any(callback["init_args"].get("suites") for callback in callbacks):
+        raise ValueError(
+            f"run {name}: expected SuiteEvaluation among the callbacks, got none: the study would "
+            "have nothing to read; add it to its config"
+        )

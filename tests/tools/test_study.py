@@ -1,0 +1,154 @@
+"""A study of two runs on the Shapes world from one command."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cotgen_pl.study.definition import read_study
+from cotgen_pl.study.progress import read_records, run_state
+from tools.study import run_study
+
+PROMPTS = "cotgen_pl/shapes/assets/prompts"
+SETTINGS = "configs/studies/settings"
+CHECKPOINT = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {"every_n_train_steps": 1, "save_top_k": 0, "save_last": True},
+}
+
+
+@pytest.fixture
+def workplace(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+
+
+def evaluation_of(folder: Path) -> dict:
+    suites = []
+    for name, domain, source in (("near", "id", "id_development"), ("far", "ood", "ood_geneval")):
+        path = folder / f"{name}.jsonl"
+        lines = Path(f"{PROMPTS}/{source}.jsonl").read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:3]))
+        oracle: dict = {"class_path": "cotgen_pl.rewards.shapes_oracle.ShapesOracle"}
+        oracle["init_args"] = {"rules": "geneval" if domain == "ood" else "compbench"}
+        files = [{"path": str(path), "format": "jsonl"}]
+        suites.append({"name": name, "domain": domain, "files": files, "reward": oracle})
+    settings = {"suites": suites, "every_n_updates": 2, "final_images_per_prompt": 2}
+    settings |= {"scores_start": False, "pictures_per_category": 1}
+    return {"class_path": "cotgen_pl.callbacks.evaluation.SuiteEvaluation", "init_args": settings}
+
+
+def write_study(folder: Path, **overrides) -> Path:
+    """GRPO and DPO with four updates each, and the base; one seed."""
+    evaluation = evaluation_of(folder)
+    rounds = {
+        "class_path": "cotgen_pl.callbacks.rounds.IterativeRounds",
+        "init_args": {"files": [{"path": f"{PROMPTS}/train.jsonl", "format": "jsonl"}]},
+    }
+    grpo = {"model.init_args.images_per_update": 16, "trainer.callbacks": [evaluation, CHECKPOINT]}
+    dpo = {
+        "data.init_args.pairs_per_update": 2,
+        "trainer.callbacks": [evaluation, CHECKPOINT, rounds],
+    }
+    content = {
+        "name": "tiny",
+        "title": "Tiny",
+        "folder": str(folder / "study"),
+        "seeds": [0],
+        "base": {
+            "config": f"{SETTINGS}/base.yaml",
+            "overrides": {"trainer.callbacks": [evaluation]},
+        },
+        "groups": {
+            "main": {
+                "title": "Two runs",
+                "comparison": "controlled",
+                "priority": "main",
+                "overrides": {"model.init_args.images_budget": 64} | overrides,
+                "axes": {
+                    "algorithm": {
+                        "grpo": {"config": f"{SETTINGS}/grpo.yaml", "overrides": grpo},
+                        "dpo": {"config": f"{SETTINGS}/dpo.yaml", "overrides": dpo},
+                    }
+                },
+            }
+        },
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def but_seconds(folder: Path) -> list[str]:
+    """The rows of a run's metrics that two equal runs share."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    clock = ("_s,", "images_per_s", "peak_memory_gb", "images_redrawn")
+    return [line for line in lines if not any(name in line for name in clock)]
+
+
+def verdicts_of(folder: Path) -> dict[str, list]:
+    paths = sorted((folder / "evaluation").glob("*.json"))
+    return {path.name: json.loads(path.read_text())["verdicts"] for path in paths}
+
+
+def test_an_override_that_the_config_does_not_have_is_named(workplace, tmp_path):
+    path = write_study(tmp_path, **{"model.init_args.group_sise": 4})
+    with pytest.raises(ValueError, match=r"run main/grpo: expected overrides .* group_sise"):
+        run_study([str(path)])
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_missing_config_is_named(workplace, tmp_path):
+    path = write_study(tmp_path)
+    path.write_text(path.read_text().replace("settings/dpo.yaml", "settings/nothing.yaml"))
+    with pytest.raises(ValueError, match=r"run main/dpo: expected a config at .*nothing\.yaml"):
+        run_study([str(path)])
+
+
+@pytest.mark.slow
+def test_a_study_runs_is_skipped_when_finished_and_refuses_other_settings(
+    workplace, tmp_path, capsys
+):
+    path = write_study(tmp_path)
+    assert run_study([str(path), "--jobs", "2"]) == 0
+    records = read_records(read_study(path))
+    assert not records.missing
+    for name in ("main/grpo", "main/dpo"):
+        record = records.records[name, 0]
+        assert record.costs.images == 64
+        assert record.costs.optimizer_steps > 0 < record.costs.seconds
+        assert record.pictures["near"]
+    assert records.records["main/grpo", 0].costs.sequences == 64
+    capsys.readouterr()
+    assert run_study([str(path)]) == 0
+    assert "3 of 3 runs are finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"config\.yaml: expected the run that the study names"):
+        run_study([str(write_study(tmp_path, **{"model.init_args.guidance": 1.5}))])
+
+
+@pytest.mark.slow
+def test_a_killed_study_ends_as_an_undisturbed_one(workplace, tmp_path):
+    """Killed while its first run trains, which ends with it."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    assert run_study([str(write_study(whole))]) == 0
+    path = write_study(killed)
+    command = [sys.executable, "tools/study.py", str(path)]
+    run = killed / "study/main/grpo/seed_0"
+    study = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (run / "checkpoints/last.ckpt").is_file():
+        assert study.poll() is None
+        time.sleep(0.05)
+    study.send_signal(signal.SIGTERM)
+    assert study.wait() == 143
+    assert run_state(run, "fit") == "unfinished"
+    assert run_study([str(path)]) == 0
+    for name in ("main/grpo", "main/dpo"):
+        one, other = (folder / f"study/{name}/seed_0" for folder in (whole, killed))
+        assert but_seconds(one) == but_seconds(other)
+        assert verdicts_of(one) == verdicts_of(other)
