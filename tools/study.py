@@ -34,10 +34,10 @@ from cotgen_pl.study.progress import read_records, run_state
 from cotgen_pl.study.prompts import make_prompts
 
 if __package__:  # as a module of tools/
-    from tools.main import find_mistake, main
+    from tools.main import main, run_command
     from tools.plan import GPUS, Unbuilt, plan_policy, plan_work
 else:  # as a script, which has its own folder on the path
-    from main import find_mistake, main
+    from main import main, run_command
     from plan import GPUS, Unbuilt, plan_policy, plan_work
 
 MAIN = Path(__file__).with_name("main.py")
@@ -241,10 +241,5 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that runs are ended, too
-    try:
-        sys.exit(1 if run_study() else 0)
-    except (ValueError, OSError) as error:
-        mistake = find_mistake(error)
-        if mistake is None:
-            raise
-        sys.exit(f"error: {mistake}")
+    sys.path.append(str(Path.cwd()))  # where a user's own classes lie; else only tools/ is there
+    sys.exit(1 if run_command(run_study) else 0)

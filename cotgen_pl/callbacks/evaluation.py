@@ -18,6 +18,7 @@ from cotgen_pl.callbacks.suites import (
     JudgedSuite,
     Metrics,
     Suite,
+    check_shares,
     divergence,
     domain_mean,
     domain_means,
@@ -150,7 +151,7 @@ class SuiteEvaluation(Observer):
         assert isinstance(pl_module, PolicyModule)
         for suite in self.suites:
             prompts = self.prompts[suite.name]
-            _check_shares(suite, len(self.samples[suite.name]), trainer.world_size)
+            check_shares(suite, len(self.samples[suite.name]), trainer.world_size)
             for reward in self._rewards(pl_module, suite).values():
                 check_scorable(prompts, reward)
             pl_module.policy.check_prompts([prompt.drawn_text for prompt in prompts])
@@ -251,12 +252,11 @@ class SuiteEvaluation(Observer):
         thoroughly = store is not None
         prompts = (self.prompts if thoroughly else self.samples)[suite.name]
         rewards, copies = self._rewards(module, suite), self._copies(suite, thoroughly=thoroughly)
-        gallery = self._gallery(module, suite) if thoroughly and _keeps_files(module) else None
+        gallery = None
+        if thoroughly and _keeps_files(module):
+            kept = sample_prompts(self.prompts[suite.name], self.pictures_per_category)
+            gallery = Gallery(_folder(module) / "pictures" / suite.name, kept)
         return judge_suite(module, suite, prompts, rewards, copies, self.batch_size, store, gallery)
-
-    def _gallery(self, module: PolicyModule, suite: Suite) -> Gallery:
-        kept = sample_prompts(self.prompts[suite.name], self.pictures_per_category)
-        return Gallery(_folder(module) / "pictures" / suite.name, kept)
 
     def _means(self, judged: Sequence[JudgedSuite]) -> Metrics:
         """What the suites' verdicts come to."""
@@ -382,14 +382,6 @@ def _check_watched(watched: Mapping[str, Reward]) -> None:
         raise ValueError(
             f"expected names of watched rewards without '/', which parts the names of metrics, got "
             f"{unusable}; rename them"
-        )
-
-
-def _check_shares(suite: Suite, num_prompts: int, num_processes: int) -> None:
-    if num_prompts < num_processes:
-        raise ValueError(
-            f"suite {suite.name}: expected a prompt or more for each of {num_processes} processes, "
-            f"got {num_prompts}; add prompts, raise prompts_per_category, or take fewer devices"
         )
 
 

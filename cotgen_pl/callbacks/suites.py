@@ -164,6 +164,15 @@ def read_suite(suite: Suite) -> list[Prompt]:
     return prompts
 
 
+def check_shares(suite: Suite, num_prompts: int, num_processes: int) -> None:
+    """Raise a ValueError where a process would have no prompt."""
+    if num_prompts < num_processes:
+        raise ValueError(
+            f"suite {suite.name}: expected a prompt or more for each of {num_processes} processes, "
+            f"got {num_prompts}; add prompts, raise prompts_per_category, or take fewer devices"
+        )
+
+
 def sample_prompts(prompts: Sequence[Prompt], per_category: int | None) -> list[Prompt]:
     """At most k prompts of each category, the same each time; None keeps all.
 

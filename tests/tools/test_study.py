@@ -97,7 +97,7 @@ def verdicts_of(folder: Path) -> dict[str, list]:
 
 def test_an_override_that_the_config_does_not_have_is_named(workplace, tmp_path):
     path = write_study(tmp_path, **{"model.init_args.group_sise": 4})
-    with pytest.raises(ValueError, match=r"run main/grpo: expected overrides .* group_sise"):
+    with pytest.raises(ValueError, match=r"run main/grpo: expected overrides .*group_sise"):
         run_study([str(path)])
     assert not (tmp_path / "study").exists()
 
