@@ -41,13 +41,13 @@ PLACES = GRID**2 + 1  # of a picture among the words: its cells, and LLaVA-OneVi
 class JudgeTraining(Training):
     """Amounts of the three stages; tuned here like those of the scorers."""
 
-    naming_epochs: int = 3
+    naming_epochs: int = 8
     """Over the renderings' right pictures."""
     naming_rate: float = 2e-3
     """Peak learning rate of naming."""
-    rendering_epochs: int = 2
+    rendering_epochs: int = 3
     rendering_rate: float = 1e-3
-    preference_epochs: int = 3
+    preference_epochs: int = 6
     preference_rate: float = 5e-4
     batch_size: int = 32
 
