@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -23,6 +23,16 @@ OPTIMIZER_TRIAL = 1 << 16  # parameters: enough for 8-bit optimizers, which leav
 GPU_SHARE = 0.9
 # Of a machine's memory, which other programs use too. A choice.
 CPU_SHARE = 0.5
+
+# What each process has its part of where weights are divided.
+IN_PARTS = (
+    "weights that train",
+    "gradients",
+    "optimizer",
+    "reference",
+    "square roots",
+    "start weights",
+)
 
 Memory = dict[str, dict[str, float]]
 """Bytes by phase and by what they hold."""
@@ -85,6 +95,8 @@ class PlannedWork:
     reward_stays: bool = True
     """Whether they stay there afterwards."""
     processes: int = 1
+    gather: Literal["rollout", "step"] | None = None
+    """How weights that are divided over the processes are gathered; None where they are whole."""
 
     @property
     def forced_guidance(self) -> bool:
@@ -232,10 +244,33 @@ def memory(policy: PlannedPolicy, work: PlannedWork) -> Memory:
         else {},
     }
     return {
-        phase: {name: held for name, held in (always | own).items() if held}
+        phase: {name: held for name, held in in_parts(policy, work, phase, always | own) if held}
         for phase, own in phases.items()
         if own
     }
+
+
+def in_parts(
+    policy: PlannedPolicy, work: PlannedWork, phase: str, held: dict[str, float]
+) -> Iterable[tuple[str, float]]:
+    """What a phase holds; where weights are divided, each process's parts and what it gathers.
+
+    By FSDP2: one layer computes while the next one comes, but where all are gathered at once; whole
+    gradients, in float32, stay from micro-batch to micro-batch.
+    """
+    if work.gather is None:
+        return held.items()
+    parts = {n: v / work.processes if n in IN_PARTS else v for n, v in held.items()}
+    del parts["copies for autocast"], parts["buckets of gradients"]
+    sizes, by_rollout = policy.sizes, work.gather == "rollout"
+    if policy.lora_rank or policy.trains == "generation":
+        parts["frozen weights"] -= sizes.body * policy.frozen_bytes * (1 - 1 / work.processes)
+    at_once = phase == "evaluation" or (phase == "rollout" and by_rollout)
+    layers = sizes.layers if at_once else min(2, sizes.layers)
+    parts["gathered layers"] = layers / sizes.layers * sizes.body * policy.compute_bytes
+    if phase == "update" and by_rollout and work.micro_batch < work.learnt:
+        parts["whole gradients"] = 4.0 * policy.trained
+    return parts.items()
 
 
 def peak(planned: Memory) -> tuple[str, float]:

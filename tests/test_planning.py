@@ -122,6 +122,40 @@ def test_phases_by_hand():
     assert "evaluation" not in planned
 
 
+def test_parts_by_hand():
+    """Four processes: a quarter of all that trains, and what is gathered of two layers."""
+    policy, whole = PlannedPolicy(SMALL), memory(PlannedPolicy(SMALL), small_work(evaluated=6))
+    for gather, at_once in (("rollout", 2000), ("step", 2000)):
+        work = small_work(processes=4, gather=gather, evaluated=6)
+        planned = memory(policy, work)
+        quarter = (4000 + 4000 + 8000 + 4000) / 4
+        base = quarter + policy.frozen_weights + policy.cache(6, True) + at_once
+        sums = {phase: sum(parts.values()) for phase, parts in planned.items()}
+        assert planned.keys() == whole.keys()
+        assert sums["optimizer step"] == base + 4000 / 4
+        assert sums["rollout"] == base + policy.decoding(6)
+        assert sums["evaluation"] == base + 4000 / 4 + policy.decoding(6)
+        assert planned["update"].get("whole gradients", 0) == 4000 * (gather == "rollout")
+
+
+def test_all_layers_are_gathered_for_a_rollout_and_two_for_a_step():
+    policy = PlannedPolicy(replace(SMALL, layers=5), lora_rank=2)
+    gathered = {
+        gather: {
+            phase: parts["gathered layers"]
+            for phase, parts in memory(
+                policy, small_work(processes=4, gather=gather, evaluated=6)
+            ).items()
+        }
+        for gather in ("rollout", "step")
+    }
+    assert gathered["rollout"]["rollout"] == gathered["step"]["evaluation"] == 2000
+    assert gathered["step"]["rollout"] == gathered["rollout"]["update"] == 2000 * 2 / 5
+    alone = memory(policy, small_work())["rollout"]["frozen weights"]
+    divided = memory(policy, small_work(processes=4, gather="step"))["rollout"]["frozen weights"]
+    assert alone - divided == 1000 * 2 * 3 / 4
+
+
 @pytest.mark.parametrize(
     ("settings", "passes"),
     [
