@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cotgen_pl.interfaces import Policy
+from cotgen_pl.sharding import own_part, take_values, whole
 
 
 @dataclass
@@ -101,7 +102,7 @@ class AdaptersThen(Policy):
         self.num_tokens, self.codebook_size = policy.num_tokens, policy.codebook_size
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         fresh = all("lora_" in name for name in trained) and not any(
-            p.any() for name, p in trained.items() if "lora_B" in name
+            whole(p.detach()).any() for name, p in trained.items() if "lora_B" in name
         )
         self._weights = None if fresh else {n: p.detach().clone() for n, p in trained.items()}
 
@@ -119,7 +120,7 @@ class AdaptersThen(Policy):
             with lend_weights(self.adapted, self._weights):
                 yield self.adapted
 
-    def load(self) -> Policy:
+    def load(self, *, empty: bool = False) -> Policy:
         """Do nothing: the weights are the policy's own."""
         return self
 
@@ -168,13 +169,14 @@ class AdaptersThen(Policy):
 
 @contextmanager
 def lend_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the named parameters of a model other values while the context lasts."""
+    """Give the named parameters of a model other values while the context lasts.
+
+    In their own memory, where a sharded model gathers its weights from; it must be in parts now.
+    """
     parameters = dict(model.named_parameters())
-    now = {name: parameters[name].data for name in weights}
+    now = {name: own_part(parameters[name].detach()).clone() for name in weights}
     try:
-        for name, values in weights.items():
-            parameters[name].data = values.to(parameters[name])
+        take_values(parameters, weights)
         yield
     finally:
-        for name, values in now.items():
-            parameters[name].data = values
+        take_values(parameters, now)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from cotgen_pl.sharding import whole
 
 # README and demo/app_januspro.py of github.com/deepseek-ai/Janus at 1daa72f: no system prompt, the
 # assistant's turn empty, no blank behind it.
@@ -28,13 +31,14 @@ def hash_weights(model: nn.Module) -> str:
     """16 hexadecimal digits that tell weights apart: names, shapes, types and values of all.
 
     Without adapters that have not learnt yet: one of their factors is 0, and the other one, random
-    and new in each run, changes nothing.
+    and new in each run, changes nothing. Processes that have parts of the weights all have to ask.
     """
     digest = hashlib.blake2b(digest_size=8)
     state = model.state_dict()
-    for name, values in sorted(state.items()):
-        if "lora_" in name and not state[name.replace("lora_A", "lora_B")].any():
+    for name, part in sorted(state.items()):
+        if "lora_" in name and not whole(state[name.replace("lora_A", "lora_B")]).any():
             continue
+        values: Any = whole(part)
         digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
         digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -133,19 +137,24 @@ def prepare_pictures(image_processor: Any, pictures: Sequence[Image]) -> Tensor:
     return pixels.float()
 
 
-def read_weights(path: str, kind: type[PreTrainedModel], **settings: Any) -> Any:
-    """Read a model, all of it.
+def read_weights(
+    path: str, kind: type[PreTrainedModel], *, empty: bool = False, **settings: Any
+) -> Any:
+    """Read a model, all of it, or make room for one.
 
     transformers itself fills what a file lacks with random numbers and warns.
 
     Args:
         path: A folder or a hub id.
         kind: The model's class.
+        empty: Read no weights; their values are whatever was in memory.
         **settings: For `from_pretrained`.
 
     Raises:
         ValueError: There are no weights, some are missing, or some are of another shape.
     """
+    if empty:
+        return _make_room(path, kind, **settings)
     try:
         loaded: Any = kind.from_pretrained(
             path,
@@ -171,6 +180,18 @@ def read_weights(path: str, kind: type[PreTrainedModel], **settings: Any) -> Any
             "convert or download the checkpoint again"
         )
     return model
+
+
+def _make_room(
+    path: str, kind: Any, *, dtype: torch.dtype, attn_implementation: str, **settings: Any
+) -> Any:
+    config = read_config(path, kind.config_class, path)
+    with torch.device("meta"):
+        model = kind._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    with suppress(OSError):  # there need not be one
+        local = Path(path).is_dir()
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=local)
+    return model.to_empty(device="cpu")
 
 
 def _first_line(error: Exception) -> str:

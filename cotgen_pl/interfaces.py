@@ -168,8 +168,12 @@ class Policy(nn.Module, ABC):
     """Whether adapters merge into the weights without loss; quantised weights do not take them."""
 
     @abstractmethod
-    def load(self) -> Policy:
-        """Read the weights and decide what trains; a second call does nothing. Returns self."""
+    def load(self, *, empty: bool = False) -> Policy:
+        """Read the weights and decide what trains; a second call does nothing. Returns self.
+
+        Args:
+            empty: Make room for all weights without reading any; another process sends them.
+        """
 
     def describe(self) -> dict[str, Any]:
         """What was found out rather than configured, for the run folder: JSON values."""

@@ -11,10 +11,13 @@ import pytest
 import torch
 import yaml
 
+from cotgen_pl.pair_sets import PairSet
+from tests.test_resumed_rounds import settings_of as rounds_settings
 from tests.toys import write_prompts
 
 pytestmark = pytest.mark.slow
-SECONDS = 240  # far more than it takes: a collective call that one process misses would hang
+STRATEGIES = ("configs/strategies/ddp.yaml", "configs/strategies/fsdp.yaml")
+SECONDS = 600  # far more than it takes: a collective call that one process misses would hang
 
 
 def piece(class_path: str, **init_args: Any) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def settings_of(tiny_janus: Path, folder: Path, **model: Any) -> dict[str, Any]:
     return {
         "trainer": {
             "accelerator": "cpu",
-            "precision": "64-true",
+            "plugins": [piece("lightning.pytorch.plugins.DoublePrecision")],
             "enable_progress_bar": False,
             "callbacks": [
                 piece(
@@ -68,12 +71,16 @@ def settings_of(tiny_janus: Path, folder: Path, **model: Any) -> dict[str, Any]:
     }
 
 
-def run(repository: Path, settings: dict[str, Any], folder: Path, processes: int) -> None:
+def run(
+    repository: Path, settings: dict[str, Any], folder: Path, strategy: str | None = None
+) -> None:
+    """On one process, or on two with a strategy."""
+    processes = 1 if strategy is None else 2
     config = folder.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "tools/main.py", "fit", "--config", str(config)]
     command += ["--trainer.default_root_dir", str(folder), "--trainer.devices", str(processes)]
-    command += ["--trainer.strategy", "ddp" if processes > 1 else "auto"]
+    command += ["--trainer.strategy", strategy or "auto"]
     environment = os.environ | {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
@@ -97,15 +104,16 @@ def read_metrics(folder: Path) -> dict[tuple[int, str], float]:
     }
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dead_groups", ["keep", "resample"])
-def test_two_processes_do_what_one_does(tiny_janus, repository, tmp_path, dead_groups):
+def test_two_processes_do_what_one_does(tiny_janus, repository, tmp_path, dead_groups, strategy):
     model: dict[str, Any] = {"dead_groups": dead_groups}
     if dead_groups == "resample":  # and some groups have to be drawn again, on one process only
         model |= {"reward": piece("tests.toys.OftenEqual"), "images_budget": 130}
     settings = settings_of(tiny_janus, tmp_path, **model)
     one, two = tmp_path / "one", tmp_path / "two"
-    run(repository, settings, one, 1)
-    run(repository, settings, two, 2)
+    run(repository, settings, one)
+    run(repository, settings, two, strategy)
     alone = torch.load(one / "rank0.pt", weights_only=True)
     ranks = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     # Each process has its half of the prompts; together they draw what one draws.
@@ -125,4 +133,36 @@ def test_two_processes_do_what_one_does(tiny_janus, repository, tmp_path, dead_g
         # Two of four groups are dead and are drawn five times: 48 images per rollout of 16.
         assert [metrics[step, "perf/images_sampled"] for step in (1, 2, 3)] == [48, 96, 144]
     assert (two / "exported/model.safetensors").exists()
+    named = yaml.safe_load((two / "config.yaml").read_text())["trainer"]["strategy"]
+    piece_of = yaml.safe_load((repository / strategy).read_text())
+    assert named["class_path"] == piece_of["class_path"]  # by itself, not by path
     assert len(list((two / "samples").iterdir())) == len(list((one / "samples").iterdir()))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_go_through_the_rounds_of_one(tiny_janus, repository, tmp_path, strategy):
+    """Pairs are drawn in unequal parts: three shards on two processes."""
+    settings = rounds_settings(tiny_janus, tmp_path)
+    del settings["trainer"]["precision"]
+    settings["trainer"]["plugins"] = [piece("lightning.pytorch.plugins.DoublePrecision")]
+    settings["trainer"]["callbacks"].append(piece("tests.toys.SaveWeights"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(repository, settings, one)
+    run(repository, settings, two, strategy)
+    [alone, *ranks] = [
+        torch.load(folder / f"rank{rank}.pt", weights_only=True)
+        for folder, rank in ((one, 0), (two, 0), (two, 1))
+    ]
+    for rank in ranks:
+        for name, weight in alone.items():
+            torch.testing.assert_close(rank[name], weight, rtol=0, atol=1e-9)
+    for folder in one.glob("rounds/*/pairs"):
+        pairs = [PairSet(place) for place in (folder, two / folder.relative_to(one))]
+        rows = [pair_set.batch(range(len(pair_set))) for pair_set in pairs]
+        assert torch.equal(rows[0].chosen, rows[1].chosen)
+        assert torch.equal(rows[0].rejected, rows[1].rejected)
+    metrics, expected = read_metrics(two), read_metrics(one)
+    assert metrics.keys() == expected.keys()
+    for key in metrics:
+        if key[1].startswith(("train/", "val/pairs/")):  # the suites' reward has noise of its own
+            assert metrics[key] == pytest.approx(expected[key], abs=1e-6), key

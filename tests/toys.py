@@ -15,6 +15,7 @@ from cotgen_pl.modules.dpo import DPOModule
 from cotgen_pl.modules.grpo import GRPOModule
 from cotgen_pl.pair_sets import Drawn, PairSet, PairSetWriter
 from cotgen_pl.policies.janus import JanusPolicy
+from cotgen_pl.sharding import whole
 
 TEXTS = ("a red circle", "two cats", "a blue square left of it", "cats")
 
@@ -87,7 +88,7 @@ class SaveRank(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.default_root_dir) / f"rank{trainer.global_rank}.pt"
-        torch.save({"tokens": torch.stack(self.tokens), "weights": pl_module.state_dict()}, path)
+        torch.save({"tokens": torch.stack(self.tokens), "weights": whole_weights(pl_module)}, path)
 
 
 class SaveWeights(Callback):
@@ -95,7 +96,12 @@ class SaveWeights(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = Path(trainer.default_root_dir) / f"rank{trainer.global_rank}.pt"
-        torch.save(pl_module.state_dict(), path)
+        torch.save(whole_weights(pl_module), path)
+
+
+def whole_weights(module: LightningModule) -> dict[str, torch.Tensor]:
+    """The weights that train; all processes have to ask."""
+    return {name: whole(values) for name, values in module.state_dict().items()}
 
 
 def numbered_prompts(number: int = 2) -> list[Prompt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
@@ -24,6 +26,7 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 import cotgen_pl
 from cotgen_pl.callbacks.export import HuggingFaceExport
@@ -31,6 +34,7 @@ from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint, StartCheckpoin
 from cotgen_pl.callbacks.metrics import MetricsFile
 from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
+from cotgen_pl.sharded_checkpoints import load_parts
 
 # Lightning's advice on choices that are made on purpose here.
 EXPECTED = (
@@ -133,7 +137,21 @@ class WholeCheckpoints(TorchCheckpointIO):
             return
         content = io.BytesIO()  # torch's own writer hides that a disk is full
         torch.save(checkpoint, content)
-        write_whole(Path(path), lambda part: part.write_bytes(content.getbuffer()))
+
+        def write(part: Path) -> None:
+            part.write_bytes(content.getbuffer())
+            if Path(path).is_dir():  # of a sharded run, whose place the file can take by now
+                shutil.rmtree(path)
+
+        write_whole(Path(path), write)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read a file, or the folder of a sharded run."""
+        if Path(path).is_dir():
+            return load_parts(Path(path), None)
+        return super().load_checkpoint(path, map_location, weights_only)
 
 
 class CommandLine(LightningCLI):
@@ -145,8 +163,9 @@ class CommandLine(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse to mix two runs in one folder."""
+        """Read the file that a strategy is named by, and refuse to mix two runs in one folder."""
         config = self.config[self.subcommand]
+        config.trainer.strategy = read_strategy(config.trainer.strategy)
         folder = Path(config.trainer.default_root_dir or ".")
         if self.subcommand != "fit" or config.ckpt_path:
             return
@@ -221,6 +240,24 @@ class CommandLine(LightningCLI):
             if isinstance(callback, HuggingFaceExport):
                 lines.append(f"exported model: {Path(folder) / callback.folder}")
         self.model.print("\n".join(lines))
+
+
+def read_strategy(named: Any) -> Any:
+    """The strategy that a YAML file holds; any other as it is.
+
+    The parser reads such a file where a class is expected, but here a string may be a name, too.
+    """
+    if not isinstance(named, str) or not named.endswith(".yaml"):
+        return named
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Strategy, "strategy")
+    try:
+        return parser.parse_args([f"--strategy={named}"], defaults=False).strategy
+    except ArgumentError as error:
+        raise ValueError(
+            f"expected a strategy's name, or a file with its class, got {named}: "
+            f"{' '.join(str(error).split())}; configs/strategies has fsdp.yaml and ddp.yaml"
+        ) from error
 
 
 def main(args: ArgsType = None, command_line: type[CommandLine] = CommandLine) -> CommandLine:

@@ -32,9 +32,10 @@ class HuggingFaceExport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder, from the first process."""
         assert isinstance(pl_module, PolicyModule)
-        if trainer.is_global_zero:
+        policy = pl_module.whole_policy()
+        if policy is not None:
             folder = Path(trainer.default_root_dir) / self.folder
-            pl_module.policy.export(folder, merge_adapters=self._merges(pl_module))
+            policy.export(folder, merge_adapters=self._merges(pl_module))
             rank_zero_info(f"exported the policy to {folder}")
         trainer.strategy.barrier("export")
 

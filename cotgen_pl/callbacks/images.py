@@ -125,7 +125,8 @@ class ImageWriter(Callback):
             self._begin(folder, origin)
         strategy.barrier("folder is ready")
         finished = {(row["index"], row["copy"]) for row in read_rows(folder / MANIFEST)}
-        drawn = self._draw_all(trainer, module, folder, finished)
+        with module.gathered():
+            drawn = self._draw_all(trainer, module, folder, finished)
         strategy.barrier("pictures are drawn")
         if trainer.is_global_zero:
             _join_rows(folder)

@@ -83,7 +83,11 @@ def build_pairs(
     writer = PairSetWriter(folder, len(shards), origin)
     own = range(module.global_rank, len(shards), module.trainer.world_size)
     images = sum(len(shards[shard]) for shard in own) * module.group_size
-    with tqdm(total=images, desc=f"drawing {folder.name}", disable=not _shows_bar(module)) as bar:
+    hidden = not _shows_bar(module)
+    with (
+        module.gathered(),
+        tqdm(total=images, desc=f"drawing {folder.name}", disable=hidden) as bar,
+    ):
         for shard in own:
             if writer.is_finished(shard):
                 bar.update(len(shards[shard]) * module.group_size)

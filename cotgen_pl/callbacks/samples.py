@@ -86,8 +86,9 @@ class SampleGrid(Observer):
 
     def observe(self, trainer: Trainer, module: PolicyModule, *, thoroughly: bool) -> None:
         """Draw the grid, on the first process."""
-        if trainer.is_global_zero:
-            self.show(trainer, module)
+        with module.gathered():
+            if trainer.is_global_zero:
+                self.show(trainer, module)
 
     @torch.no_grad()
     def show(self, trainer: Trainer, module: PolicyModule) -> None:

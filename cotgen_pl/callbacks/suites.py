@@ -220,7 +220,7 @@ def judge_suite(
     own = rest[module.global_rank :: module.trainer.world_size]
     batches = done if module.global_rank == 0 else []
     drawn = []
-    with _progress(module, suite, copies * len(own)) as bar:
+    with module.gathered(), _progress(module, suite, copies * len(own)) as bar:
         for part in _split(own, max(1, batch_size // copies)):
             drawn.append(_judge_batch(module, suite, part, rewards, copies, gallery))
             if store:

@@ -93,13 +93,12 @@ class UnderstandingEvaluation(Observer):
         right = torch.zeros(number, dtype=torch.float64, device=module.device)
         own = range(rank, number, module.trainer.world_size)
         self.responses = []
-        for start in range(0, len(own), self.batch_size):
-            rows = own[start : start + self.batch_size]
-            asked = [self.questions[row] for row in rows]
-            said = self._ask(module, asked)
-            self.responses += said
-            for row, question, response in zip(rows, asked, said, strict=True):
-                right[row] = is_right(response, question.answer, self.match)
+        with module.gathered():
+            for start in range(0, len(own), self.batch_size):
+                rows = own[start : start + self.batch_size]
+                self.responses += self._ask(module, [self.questions[row] for row in rows])
+        for row, response in zip(own, self.responses, strict=True):
+            right[row] = is_right(response, self.questions[row].answer, self.match)
         return module.sum_over_processes(right).cpu()
 
     def _ask(self, module: PolicyModule, asked: Sequence[Question]) -> list[str]:

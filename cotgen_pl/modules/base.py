@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from cotgen_pl.adapters import lend_weights
 from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, Prompt, Reward
 from cotgen_pl.metrics import MAXIMA, MINIMA, Stopwatch
+from cotgen_pl.modules.parallel import ParallelModule
 from cotgen_pl.sampling import check_guidance, noise_seed, sample_tokens
+from cotgen_pl.sharding import take_values, whole
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # others lose small steps or rewards' precision
 
 
-class PolicyModule(LightningModule):
+class PolicyModule(ParallelModule):
     """A policy in training. Subclasses add an algorithm's `training_step`.
 
     Weights are read in `configure_model`, after all that can be wrong with a configuration has been
@@ -59,7 +62,7 @@ class PolicyModule(LightningModule):
             )
         self.policy, self.optimizer, self.lr_scheduler = policy, optimizer, lr_scheduler
         self.guidance, self.temperature, self.seed = guidance, temperature, seed
-        self.reference: Policy | None = None  # the frozen twin of a module that holds one
+        self.reference = None
         self.images_sampled = 0
         self.rollouts = 0
         self.sequences_backpropagated = 0.0
@@ -76,6 +79,7 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse precisions that would spoil a run, and pictures that would go nowhere."""
+        self.check_sharding(self.optimizer)
         precision = self.trainer.precision
         if precision not in PRECISIONS:
             raise ValueError(
@@ -104,11 +108,16 @@ class PolicyModule(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Read the weights and remember those that will change."""
-        self.policy.load()
-        if not self._start_weights:
-            self._start_weights = self._copy_weights()
-            self._make_reference()
+        """Read the weights, divide them if they are to be, and remember those that will change."""
+        if self._start_weights:
+            return
+        if self.sharding:
+            self._unread = (deepcopy(self.policy),)
+        self.read_weights()
+        if self.needs_reference:
+            self.reference = self.policy.reference()
+        self.shard()
+        self._start_weights = self._copy_weights()
 
     @property
     def needs_reference(self) -> bool:
@@ -141,9 +150,6 @@ class PolicyModule(LightningModule):
         for logger in self.loggers:
             logger.log_metrics({}, step=self.rollouts)
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-
     def _copy_weights(self) -> dict[str, Tensor]:
         return {name: p.detach().cpu().clone() for name, p in self._trained().items()}
 
@@ -163,11 +169,15 @@ class PolicyModule(LightningModule):
         """From now on, the reference has the weights of now."""
         if self.compares:
             self._reference_weights = self._copy_weights()
-            self._make_reference()
+            self._renew_reference()
 
-    def _make_reference(self) -> None:
-        if self.needs_reference:
-            self.reference = None  # the old one's memory goes before the new one comes
+    def _renew_reference(self) -> None:
+        if self.reference is None:
+            return
+        twin = dict(self.reference.named_parameters())
+        if twin:
+            take_values(twin, self._reference_weights)
+        else:  # it lends the policy adapters
             with self.reference_weights() as policy:
                 self.reference = policy.reference()
 
@@ -186,6 +196,13 @@ class PolicyModule(LightningModule):
                 "checkpoint was written: resume from the last one with a smaller learning rate, or "
                 "clip gradients"
             )
+
+    def clip_gradients_to(self, limit: float | None) -> Tensor:
+        """Clip to a norm, if one is given, and return the norm before, over all parts."""
+        limit = float("inf") if limit is None else limit
+        norm = whole(torch.nn.utils.clip_grad_norm_(self._trained().values(), limit))
+        self.check_finite(norm, "gradient norm")
+        return norm
 
     # Drawing ----------------------------------------------------------------------------------
 
@@ -213,7 +230,7 @@ class PolicyModule(LightningModule):
         seeds = self.noise_seeds(prompts, copies, stream, first_copy)
         settings = {"guidance": self.guidance, "temperature": self.temperature} | sampling
         texts = [prompt.drawn_text for prompt in prompts]
-        with self.precision():
+        with self.precision(), self.gathered_to_draw():
             return sample_tokens(self.policy, texts, seeds=seeds, **settings)
 
     def noise_seeds(
@@ -278,21 +295,7 @@ class PolicyModule(LightningModule):
             "training_s": self.stopwatch.seconds,
         }
 
-    # Processes, clocks and loggers ------------------------------------------------------------
-
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        """The sum of each process's tensor."""
-        if self.trainer.world_size == 1:
-            return values
-        total: Tensor = self.trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
-        return total
-
-    def gather(self, values: Tensor) -> Tensor:
-        """[B] of each process, laid end to end."""
-        if self.trainer.world_size == 1:
-            return values
-        gathered: Tensor = self.all_gather(values)  # type: ignore[assignment]  # likewise
-        return gathered.flatten()
+    # Clocks and loggers -----------------------------------------------------------------------
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -367,7 +370,7 @@ class PolicyModule(LightningModule):
             self.count_drawn(self.images_sampled)  # in another folder
         if checkpoint["reference"]:
             self._reference_weights = checkpoint["reference"]
-            self._make_reference()
+            self._renew_reference()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the random state of a resumed run, now that data loaders have drawn their seeds."""

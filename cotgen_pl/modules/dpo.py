@@ -211,7 +211,7 @@ class DPOModule(MicroBatchModule, OfflineModule):
         """
         sums = torch.zeros(len(pair_set), 2, dtype=torch.float64, device=self.device)
         rank, number = self.trainer.global_rank, self.trainer.world_size
-        with self.reference_weights() as policy, self.precision():
+        with self.reference_weights() as policy, self.precision(), self.gathered():
             for rows in torch.arange(len(pair_set))[rank::number].split(batch_size):
                 pairs = self.transfer_batch_to_device(pair_set.batch(rows.tolist()), self.device, 0)
                 sums[rows] = self._sums(policy, pairs).to(sums)

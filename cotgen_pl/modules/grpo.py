@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -199,7 +200,9 @@ class GRPOModule(MicroBatchModule):
 
     def collect(self, prompts: list[Prompt]) -> Rollout:
         """All that updates need: tokens, rewards, advantages, old and reference log-probs."""
-        tokens, logprobs, scores = self.draw_groups(prompts)
+        unequal = self.dead_groups == "resample"  # processes draw again as often as each has to
+        with self.gathered() if unequal else nullcontext():
+            tokens, logprobs, scores = self.draw_groups(prompts)
         self.images_sampled += int(self.sum_over_processes(torch.tensor(self._images_drawn)))
         rollout = Rollout(
             prompts=[prompt for prompt in prompts for _ in range(self.group_size)],
@@ -323,7 +326,8 @@ class GRPOModule(MicroBatchModule):
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()
         metrics: dict[str, Tensor] = {}
-        for part in self._micro_batches(rollout):
+        parts = list(self._micro_batches(rollout))
+        for number, part in enumerate(parts):
             logprobs, entropy = self._statistics(self.policy, part)
             old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
             loss, terms = grpo_loss(
@@ -337,9 +341,9 @@ class GRPOModule(MicroBatchModule):
             )
             self.check_finite(loss, "loss")
             share = len(part) / len(rollout)
-            self.manual_backward(loss * share)
+            self.backward_part(loss * share, last=number == len(parts) - 1)
             merge_metrics(metrics, terms | self._sampling_gap(part, old), share)
-        metrics["grad_norm"] = self._clip_gradients()
+        metrics["grad_norm"] = self.clip_gradients_to(self.gradient_clip)
         metrics["learning_rate"] = torch.tensor(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedulers = self.lr_schedulers()
@@ -357,13 +361,6 @@ class GRPOModule(MicroBatchModule):
     def _logs_proxy(self) -> bool:
         """Whether the log-probs that train are of another distribution than the sampled one."""
         return self.logprobs == "conditional" and self.guidance != 1
-
-    def _clip_gradients(self) -> Tensor:
-        """Clip, and give the norm before."""
-        limit = float("inf") if self.gradient_clip is None else self.gradient_clip
-        norm = torch.nn.utils.clip_grad_norm_(self._trained().values(), limit)
-        self.check_finite(norm, "gradient norm")
-        return norm
 
     # Metrics ------------------------------------------------------------------------------------
 

@@ -101,6 +101,7 @@ class MicroBatchModule(PolicyModule):
             self.trainer.world_size,
             optimizer=try_optimizer(self.optimizer, policy.trained_dtype),
             reward=held_bytes(reward),
+            gather=self.sharding.gather if self.sharding else None,
             reward_stays=not getattr(reward, "offload", False),
             **images_at_once(self.trainer.callbacks),  # type: ignore[attr-defined]
         )

@@ -12,6 +12,7 @@ from cotgen_pl.interfaces import Policy, Reward, freeze
 from cotgen_pl.metrics import peak_memory_gb
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.sharding import whole
 
 
 class OfflineModule(PolicyModule):
@@ -107,6 +108,6 @@ class OfflineModule(PolicyModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a non-finite gradient is clipped or reaches the weights."""
         gradients = [p.grad for p in self._trained().values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         self.check_finite(norm, "gradient norm", update=self.rollouts)  # counted with its loss
         self.log("train/grad_norm", norm)

@@ -126,14 +126,15 @@ class JanusPolicy(Policy):
         self.model: Any = None
         self._compiled_body: Any = None
 
-    def load(self) -> JanusPolicy:
-        """Read the weights and decide what trains; a second call does nothing. Returns self."""
+    def load(self, *, empty: bool = False) -> JanusPolicy:
+        """Read the weights and decide what trains; see `Policy.load`."""
         if self.model is not None:
             return self
         dtype = getattr(torch, self.dtype)
         model = read_weights(
             self.path,
             JanusForConditionalGeneration,
+            empty=empty and not self.quantize,  # packed weights have their shapes from values
             dtype=dtype,
             attn_implementation=self.attention,
             quantization_config=quantization_config(self.quantize, dtype, NOT_QUANTIZED),

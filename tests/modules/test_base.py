@@ -153,7 +153,8 @@ def test_spoiling_precisions_are_refused_before_weights_load(tiny_janus, tmp_pat
 
 
 def test_half_precision_with_scaling_is_refused(module):
-    module._trainer = SimpleNamespace(precision="16-mixed")  # Lightning has it on a GPU only
+    # Lightning has it on a GPU only.
+    module._trainer = SimpleNamespace(precision="16-mixed", strategy=None)
     with pytest.raises(ValueError, match="got 16-mixed"):
         module.setup("fit")
 

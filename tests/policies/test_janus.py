@@ -307,6 +307,22 @@ def test_fresh_adapters_change_nothing(janus_folder):
         assert torch.equal(policy.logits(PROMPTS, tokens), base.logits(PROMPTS, tokens))
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"lora": LORA, "dtype": "bfloat16"}, {"trains": "both", "dtype": "float64"}]
+)
+def test_room_without_weights_is_that_of_the_weights(janus_folder, arguments):
+    room = JanusPolicy(str(janus_folder), **arguments).load(empty=True)
+    full = load(janus_folder, **arguments)
+
+    def kinds(policy):
+        tensors = [*policy.named_parameters(), *policy.named_buffers()]
+        return [(name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors]
+
+    assert len(kinds(full)) > 100
+    assert kinds(room) == kinds(full)
+    assert room.janus.generation_config.to_dict() == full.janus.generation_config.to_dict()
+
+
 @pytest.mark.parametrize("arguments", [{}, {"lora": LORA}])
 def test_training_mode_does_not_reach_the_model(janus_folder, arguments):
     policy = load(janus_folder, **arguments)
