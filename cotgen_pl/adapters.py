@@ -1,11 +1,11 @@
-"""Low-rank adapters and quantised base weights, through peft and bitsandbytes.
+"""Low-rank adapters and quantised base weights, through peft and bitsandbytes; what excludes what.
 
 Kept apart from the policies because it serves any language model of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,24 @@ def check_training(settings: Any) -> None:
         raise ValueError(
             "expected trained_dtype: float32 beside lora or dtype: float64, got "
             f"{settings.trained_dtype}; leave it out"
+        )
+
+
+def check_rounding(policy: Policy, make_optimizer: Callable[[list[nn.Parameter]], Any]) -> None:
+    """Refuse an optimizer that would lose the small steps of weights in bfloat16.
+
+    Args:
+        policy: What trains.
+        make_optimizer: Makes the optimizer from parameters.
+    """
+    if getattr(policy, "trained_dtype", "float32") != "bfloat16":
+        return
+    optimizer = make_optimizer([nn.Parameter(torch.zeros(1))])
+    if not getattr(optimizer, "rounds_stochastically", False):
+        raise ValueError(
+            "expected an optimizer that rounds stochastically beside trained_dtype: bfloat16, "
+            f"got {type(optimizer).__name__}, which loses 98 of 100 steps of size 1e-6; use "
+            "cotgen_pl.optimizers.StochasticAdamW8bit, or trained_dtype: float32"
         )
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cotgen_pl.adapters import lend_weights
+from cotgen_pl.adapters import check_rounding, lend_weights
 from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, Prompt, Reward
 from cotgen_pl.metrics import MAXIMA, MINIMA, Stopwatch
@@ -88,23 +88,11 @@ class PolicyModule(ParallelModule):
                 "small steps are not lost"
             )
         if stage == "fit":
-            self._check_rounding()
+            check_rounding(self.policy, self.optimizer)
         if stage == "predict" and self.write_pictures is None:
             raise ValueError(
                 "expected a callback that writes what predict draws, got none; add "
                 "--trainer.callbacks cotgen_pl.callbacks.images.ImageWriter"
-            )
-
-    def _check_rounding(self) -> None:
-        """Refuse an optimizer that would lose the small steps of weights in bfloat16."""
-        if getattr(self.policy, "trained_dtype", "float32") != "bfloat16":
-            return
-        optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        if not getattr(optimizer, "rounds_stochastically", False):
-            raise ValueError(
-                "expected an optimizer that rounds stochastically beside trained_dtype: bfloat16, "
-                f"got {type(optimizer).__name__}, which loses 98 of 100 steps of size 1e-6; use "
-                "cotgen_pl.optimizers.StochasticAdamW8bit, or trained_dtype: float32"
             )
 
     def configure_model(self) -> None:
