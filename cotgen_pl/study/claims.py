@@ -3,7 +3,7 @@
 A file of claims has `claims`, by name. Each has `says` (a sentence), `test`, `group`, `domain`, and
 the places of the group that it compares by their labels: `of`, and `minus` (or `minus: base`). With
 `each`, an entry stands for a claim per value: its names are filled into `says`, `of`, `minus` and
-`domain` where they stand in braces. The tests:
+`domain` where they stand in braces. `paper: true` marks what arXiv 2505.17017 says. The tests:
 
     difference    `of` less `minus`, paired by seed and prompt, in the mean over all other labels
     order         best of `best_of` by each reward, then `of`, then `minus`: both steps, each reward
@@ -46,6 +46,7 @@ Labels = Mapping[str, str]
 
 LEAST_SEEDS = 3  # below that, a resample is one seed alone too often: 1 in 2 of two
 ENTRIES = {"says", "test", "group", "domain", "of", "minus", "over", "best_of", "each", "seeds"}
+ENTRIES |= {"paper"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Claim:
     over: str = ""
     """The axis along which levels are compared."""
     best_of: int = 4
+    paper: bool = False
+    """Whether the paper says so; else it is a question of this study."""
     least_seeds: int = LEAST_SEEDS
 
     def check(self, group: Group) -> None:
@@ -124,6 +127,7 @@ def _expand(path: str, name: str, entry: Mapping[str, Any]) -> Iterator[Claim]:
             minus=None if minus == "base" else minus,
             over=entry.get("over", ""),
             best_of=entry.get("best_of", 4),
+            paper=entry.get("paper", False),
             least_seeds=entry.get("seeds", LEAST_SEEDS),
         )
 
@@ -190,6 +194,7 @@ class Arm:
 
     records: Mapping[int, Record]
     score: Score = trained_score
+    _means: dict[tuple[int, str], float] = field(default_factory=dict, compare=False)
 
     def table(self, seeds: Sequence[int], domain: str) -> Numbers:
         """[S, P] over all suites of a domain."""
@@ -199,11 +204,14 @@ class Arm:
         return np.concatenate([self.score(suite) for suite in record.suites_of(domain)])
 
     def mean(self, seed: int, domain: str) -> float:
-        """Over a domain's suites, of the mean over categories."""
-        weights, _ = layout(self.records[seed], domain)
-        row = self._row(self.records[seed], domain)
-        known = ~np.isnan(row)
-        return float((row[known] * weights[known]).sum() / weights[known].sum())
+        """Over a domain's suites, of the mean over categories; a resample asks for it again."""
+        if (seed, domain) not in self._means:
+            weights, _ = layout(self.records[seed], domain)
+            row = self._row(self.records[seed], domain)
+            known = ~np.isnan(row)
+            total = (row[known] * weights[known]).sum() / weights[known].sum()
+            self._means[seed, domain] = float(total)
+        return self._means[seed, domain]
 
 
 def layout(record: Record, domain: str) -> tuple[Numbers, list[str]]:
