@@ -2,7 +2,7 @@
 
 Checks everything that can be checked before the first run, makes prompt files, starts what is not
 finished (`tools/main.py` commands), and tells what is finished, what failed and what is left. It
-goes on where it was killed. Reports are made from the run folders alone.
+goes on where it was killed. Then it writes the report, from the run folders alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from cotgen_pl.interfaces import check_positive
 from cotgen_pl.planning import Speed, seconds
 from cotgen_pl.study.checks import check_study, images_of
 from cotgen_pl.study.choice import choose_settings, format_choice
-from cotgen_pl.study.claims import read_claims
+from cotgen_pl.study.claims import Claim, judge, read_claims
 from cotgen_pl.study.definition import Run, Study, read_study
 from cotgen_pl.study.launch import Job, launch, locked
 from cotgen_pl.study.progress import read_records, run_state
 from cotgen_pl.study.prompts import make_prompts
+from cotgen_pl.study.report import check_shown, write_report
 
 if __package__:  # as a module of tools/
     from tools.main import main, run_command
@@ -172,6 +173,10 @@ def run_study(arguments: Sequence[str] | None = None) -> int:
     check_positive(jobs=own.jobs, threads=own.threads)
     study = read_study(own.config, quick=own.quick, only=own.only)
     claims = read_claims(study.claims) if study.claims else []
+    check_shown(study)
+    if own.report:
+        write_whole_report(own.config, claims)
+        return 0
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # a seed for each run read
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     read = {run.name: read_settings(study, run) for run in study.runs.values()}
@@ -196,7 +201,20 @@ def run_study(arguments: Sequence[str] | None = None) -> int:
         print(format_choice(choose_settings(study.settings["choose"], read_records(study))))
     for name, why in outcome.failed.items():
         print(f"failed: {name}: {why}")
+    write_whole_report(own.config, claims)
     return len(outcome.failed)
+
+
+def write_whole_report(config: str, claims: Sequence[Claim]) -> None:
+    """Report on the whole study, whatever part of it was asked for: the rest is named as missing.
+
+    A study that shows nothing, such as one that tunes, has none.
+    """
+    study = read_study(config)
+    if study.tables or study.figures:
+        records = read_records(study)
+        found = [judge(claim, records) for claim in claims]
+        print(f"report: {write_report(records, found, study.folder / 'report')}", flush=True)
 
 
 def plan_hours(config: Any, gpu: str) -> float:
@@ -232,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="a study, like configs/studies/shapes.yaml")
     parser.add_argument("--plan", action="store_true", help="check, tell what would run, and end")
+    parser.add_argument("--report", action="store_true", help="start nothing, report what there is")
     parser.add_argument("--quick", action="store_true", help="one seed, the main comparison alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each run")

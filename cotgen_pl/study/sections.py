@@ -1,0 +1,197 @@
+"""What a report says in words: what was run, what came of the claims, what is missing, its origin.
+
+Apart from `report.py`, which says where tables and charts stand. No sentence here has a number that
+the records or the claims do not have.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cotgen_pl.study.claims import Found
+from cotgen_pl.study.definition import Run
+from cotgen_pl.study.entries import NOTHING, Content, Table
+from cotgen_pl.study.folders import Record, Records
+from cotgen_pl.study.page import Block, Code, Points
+from cotgen_pl.study.statistics import SMALLEST_EFFECT
+
+# Introduction -----------------------------------------------------------------------------------
+
+
+def introduction(records: Records) -> list[Block]:
+    """What was run, and how to read the numbers."""
+    study = records.study
+    planned = sum(1 for _ in study.seeded_runs())
+    finished = planned - len(records.missing)
+    return [
+        f"{finished} of {planned} runs are finished ({len(study.runs)} settings, each with its "
+        "seeds). Every number is made from the files of a finished run's folder; a folder that is "
+        "gone takes its rows along.",
+        "In domain means prompts like those that were trained on; out of domain means other words "
+        "and other wording. Scores are the suites' own, 0 to 1; `strict` counts a picture only "
+        "where all of its prompt holds. ± is the sample deviation over seeds, ± ? that there is "
+        "one seed.",
+    ]
+
+
+# Claims -----------------------------------------------------------------------------------------
+
+UNTESTED = "not tested"
+FINDINGS = ("seen", "not seen", "unclear", UNTESTED)
+TEST = (
+    "Each claim and its test were written down before any run. Seen: the 95 % interval (paired by "
+    "seed, resampled over seeds and prompts) lies above 0, and the mean is at least "
+    f"{SMALLEST_EFFECT}. Not seen: its upper end lies below {SMALLEST_EFFECT}. Else unclear. Not "
+    "tested: runs are missing."
+)
+
+
+def claim_blocks(claims: Sequence[Found]) -> list[Block]:
+    """What was found of each claim, and what of it contradicts the paper."""
+    if not claims:
+        return []
+    counts = {finding: [_finding(c) for c in claims].count(finding) for finding in FINDINGS}
+    told = ", ".join(f"{number} {finding}" for finding, number in counts.items() if number)
+    rows: list[list[Content]] = [
+        [
+            found.claim.says,
+            "the paper" if found.claim.paper else "ours",
+            _finding(found),
+            tuple(_write_intervals(found)),
+            found.seeds,
+        ]
+        for found in claims
+    ]
+    columns = ["claim", "whose", "finding", "mean (95 % interval)", "seeds"]
+    return [
+        f"Of {len(claims)} claims: {told}.",
+        *against_paper([found for found in claims if found.claim.paper]),
+        Table("claims", "Claims and findings", columns, rows, 1, TEST),
+    ]
+
+
+def against_paper(claims: Sequence[Found]) -> list[Block]:
+    """What the paper says and these runs do not, in so many words."""
+    points = [
+        f"The paper: {found.claim.says}. Here {_contradiction(found)}: "
+        f"{'; '.join(_write_intervals(found))}."
+        for found in claims
+        if found.finding == "not seen"
+    ]
+    if points:
+        return [f"Against the paper, {len(points)} of its {len(claims)} claims:", Points(points)]
+    is_open = sum(found.finding != "seen" for found in claims)
+    return [
+        f"None of the paper's {len(claims)} claims is contradicted here; {is_open} of them "
+        "could not be decided."
+    ] * bool(claims)
+
+
+def _contradiction(found: Found) -> str:
+    is_opposite = any(interval.high < 0 for interval in found.intervals.values())
+    return "the opposite is found" if is_opposite else "it is not seen"
+
+
+def _finding(found: Found) -> str:
+    return found.finding or UNTESTED
+
+
+def _write_intervals(found: Found) -> list[str]:
+    """A line for each comparison; the name of the only one says nothing."""
+    named = len(found.intervals) > 1
+    return [
+        f"{f'{name}: ' if named else ''}{i.mean:+.3f} ({i.low:+.3f} to {i.high:+.3f})"
+        for name, i in found.intervals.items()
+    ] or [NOTHING]
+
+
+# What is missing --------------------------------------------------------------------------------
+
+
+def missing_blocks(records: Records) -> list[Block]:
+    """Runs that are not finished, and pictures that no judge could read."""
+    blocks: list[Block] = []
+    seeds: dict[str, list[int]] = {}
+    for run, seed in records.missing:
+        seeds.setdefault(run, []).append(seed)
+    if seeds:
+        groups = _groups_by_run(records)
+        rows: list[list[Content]] = [
+            [run, groups.get(run, NOTHING), ", ".join(map(str, own))] for run, own in seeds.items()
+        ]
+        note = "Not run, not finished, or failed; nothing of them is in any number."
+        columns = ["run", "of", "seeds"]
+        blocks.append(Table("missing-runs", "Runs that are not here", columns, rows, 1, note))
+    unread = [point for record in records.records.values() for point in _unread(record)]
+    if unread:
+        blocks += ["Pictures without a verdict, which no mean counts:", Points(unread)]
+    return blocks or ["Nothing: all runs of the study are finished, and every picture was judged."]
+
+
+def _groups_by_run(records: Records) -> dict[str, str]:
+    """The groups that a run is part of, with what may be dropped first."""
+    groups: dict[str, list[str]] = {}
+    for group in records.study.groups.values():
+        for cell in group.cells:
+            groups.setdefault(cell.run, []).append(f"{group.title} ({group.priority})")
+    return {run: "; ".join(dict.fromkeys(titles)) for run, titles in groups.items()}
+
+
+def _unread(record: Record) -> list[str]:
+    numbers = {name: int(np.isnan(s.graded).sum()) for name, s in record.suites.items()}
+    return [
+        f"`{record.run}`, seed {record.seed}, {suite}: {number} of "
+        f"{record.suites[suite].graded.size}"
+        for suite, number in numbers.items()
+        if number
+    ]
+
+
+# Origin -----------------------------------------------------------------------------------------
+
+VERSIONS = ("commit", "cotgen_pl", "torch", "transformers", "lightning")
+
+
+def origin_blocks(records: Records) -> list[Block]:
+    """Commit and versions as the runs wrote them down, and each run's config and command."""
+    found = [record.found for record in records.records.values() if record.found]
+    told = {
+        name: ", ".join(dict.fromkeys(str(f[name]) for f in found if f.get(name)))
+        for name in VERSIONS
+    }
+    versions = [f"{name}: {value}" for name, value in told.items() if value]
+    runs = [run for run in records.study.runs.values() if _folders(records, run)]
+    rows: list[list[Content]] = [
+        [run.name, f"{len(_folders(records, run))} of {len(run.seeds)}", run.config] for run in runs
+    ]
+    commands = "\n".join(dict.fromkeys(command_of(run) for run in runs))
+    note = f"Folders: `{records.study.folder}/RUN/seed_SEED`, each with its whole `config.yaml`."
+    columns = ["run", "seeds finished", "config"]
+    return [
+        *([Points(versions)] if versions else []),
+        Table("runs", "Runs", columns, rows, 1, note),
+        "What each run's command says beside its seed and its folder:",
+        Code(commands),
+    ]
+
+
+def _folders(records: Records, run: Run) -> list[Record]:
+    return [record for (name, _), record in records.records.items() if name == run.name]
+
+
+def command_of(run: Run) -> str:
+    """A run's command line, without its seed and its folder."""
+    words = ["python", "tools/main.py", run.command, "--config", run.config]
+    for name, value in run.overrides.items():
+        words += [f"--{name}", _as_word(value)]
+    start = f"  # begins where {run.starts_from} ends" if run.starts_from else ""
+    return shlex.join(words) + start
+
+
+def _as_word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

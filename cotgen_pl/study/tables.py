@@ -1,0 +1,262 @@
+"""The tables of a report: of each suite, of the domains, of the rewards, of metrics and costs.
+
+Each public function is what `kind` of a table in a study's file names; its arguments behind `name`
+are the entry's other words. Numbers are means over seeds with their sample deviation; a gain
+compares each run with the base of its own seed, drawn with the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress
+from operator import attrgetter
+from typing import Any
+
+from cotgen_pl.callbacks.tables import DOMAINS
+from cotgen_pl.study.definition import Group
+from cotgen_pl.study.entries import Content, Entry, Spread, Table, compare
+from cotgen_pl.study.folders import STRICT, Record, Records, SuiteVerdicts
+from cotgen_pl.study.rows import (
+    BEST,
+    REWARD,
+    Row,
+    axis_beside_reward,
+    base_records,
+    domain_score,
+    gain_of,
+    rows_of,
+    suite_score,
+    suites_in,
+)
+
+COMPARISONS = {
+    "free": "",
+    "growing": " (growing: the prompts are fixed, images grow)",
+    "controlled": " (controlled: the images are fixed)",
+}
+"""What stands behind a group's title."""
+GAINS = (
+    "Below each mean: the gain over the base of the same seed, and that gain in percent of the "
+    "base's number. ± is the sample deviation over seeds."
+)
+STAR = " *"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of each run."""
+
+    title: str
+    measure: Callable[[Record], float]
+    form: str = ".3f"
+    compared: bool = True
+    """Whether the gain over the base stands below it."""
+
+
+def heading(group: Group) -> str:
+    """A group's title, and what its runs have in common."""
+    return group.title + COMPARISONS[group.comparison]
+
+
+# Scores -----------------------------------------------------------------------------------------
+
+
+def suites(
+    records: Records,
+    group: Group,
+    name: str,
+    judge: str | None = None,
+    means: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    marks: Sequence[Mapping[str, Any]] = (),
+) -> list[Table]:
+    """A table for each suite, with a column for each of its categories.
+
+    Args:
+        records: Of the study.
+        group: Its runs are rows, beside the base and the best of four by each reward.
+        name: Of the tables' files; the suite's name follows.
+        judge: The reward whose scores are the suites' own.
+        means: By suite, and by names of your own, categories whose mean has a column too.
+        marks: Each with `labels`, `domain` and `note`: in that domain's tables, rows with these
+            labels have a star, and the note stands below.
+    """
+    rows = rows_of(records, group, judge)
+    tables = []
+    for suite in suites_in(rows):
+        own = [mark for mark in marks if mark["domain"] == suite.domain]
+        columns = _suite_columns(suite, (means or {}).get(suite.suite, {}))
+        title = f"{suite.suite}, {DOMAINS[suite.domain]}"
+        note = " ".join([GAINS, *(f"* {mark['note']}" for mark in own)])
+        table = _tabulate(f"{name}-{suite.suite}", title, group, rows, columns, note)
+        tables.append(_with_stars(table, group, [mark["labels"] for mark in own]))
+    return tables
+
+
+def _suite_columns(suite: SuiteVerdicts, means: Mapping[str, Sequence[str]]) -> list[Column]:
+    def column(title: str, categories: Sequence[str | None], kind: str = "graded") -> Column:
+        measure = partial(suite_score, suite=suite.suite, categories=categories, kind=kind)
+        return Column(title, measure)
+
+    return [
+        column("mean", [None]),
+        column("strict mean", [None], STRICT),
+        *(column(title, categories) for title, categories in means.items()),
+        *(column(category, [category]) for category in dict.fromkeys(suite.categories)),
+    ]
+
+
+def _with_stars(table: Table, group: Group, marked: Sequence[Mapping[str, str]]) -> Table:
+    """The same with a star behind the first label of each row that has marked labels."""
+    rows = []
+    for row in table.rows:
+        labels = dict(zip(group.axes, map(str, row), strict=False))
+        has_star = any(entry.items() <= labels.items() for entry in marked)
+        rows.append([f"{row[0]}{STAR}", *row[1:]] if has_star else row)
+    return Table(table.name, table.title, table.columns, rows, table.num_labels, table.note)
+
+
+def domains(records: Records, group: Group, name: str, judge: str | None = None) -> list[Table]:
+    """Means over the suites of each domain, with images and the divergence that they took."""
+    rows = rows_of(records, group, judge)
+    columns = [Column("images", attrgetter("costs.images"), ",.0f", compared=False)]
+    for domain in dict.fromkeys(suite.domain for suite in suites_in(rows)):
+        columns += [
+            Column(DOMAINS[domain], partial(domain_score, domain=domain)),
+            Column(f"{DOMAINS[domain]}, strict", partial(domain_score, domain=domain, kind=STRICT)),
+        ]
+    columns.append(Column("KL to the base", attrgetter("costs.kl_to_base"), compared=False))
+    return [_tabulate(name, heading(group), group, rows, columns, f"{GAINS} {KL_UNIT}")]
+
+
+def metrics(
+    records: Records, group: Group, name: str, title: str, metrics: Mapping[str, str]
+) -> list[Table]:
+    """What was logged last under some names.
+
+    Args:
+        records: Of the study.
+        group: Its runs are rows.
+        name: Of the table's file.
+        title: What they tell; the group's title follows.
+        metrics: Logged names by the titles of their columns.
+    """
+    rows = [row for row in rows_of(records, group) if row.kind == "trained"]
+    columns = [
+        Column(column, partial(last_value, metric=metric), compared=False)
+        for column, metric in metrics.items()
+    ]
+    logged = ", ".join(f"`{metric}`" for metric in metrics.values())
+    note = f"The last that was logged as {logged}; the README's glossary says what each is."
+    return [_tabulate(name, f"{title}: {heading(group)}", group, rows, columns, note)]
+
+
+def last_value(record: Record, metric: str) -> float:
+    """The last logged number of a metric; NaN where there is none."""
+    return float(record.metrics[metric].values[-1]) if metric in record.metrics else math.nan
+
+
+# Costs ------------------------------------------------------------------------------------------
+
+KL_UNIT = "KL: exact over the codebook, along drawn images, mean per token, in nats."
+
+
+def costs(records: Records, group: Group, name: str) -> list[Table]:
+    """What each run took, and what it gained in a minute of training."""
+    rows = [row for row in rows_of(records, group) if row.kind == "trained"]
+    counts = [
+        Column(title, attrgetter(f"costs.{attribute}"), form, compared=False)
+        for title, attribute, form in (
+            ("images", "images", ",.0f"),
+            ("sequences back-propagated", "sequences", ",.0f"),
+            ("optimizer steps", "optimizer_steps", ",.0f"),
+            ("seconds", "seconds", ",.0f"),
+            ("KL to the base", "kl_to_base", ".3f"),
+            ("peak memory, GB", "peak_memory_gb", ".2f"),
+        )
+    ]
+    speeds = [
+        Column(f"gain per minute, {DOMAINS[d]}", _gain_per_minute(records, d), "+.3f", False)
+        for d in ("id", "ood")
+    ]
+    note = (
+        "Images are those sampled for training; a pair back-propagates two sequences; seconds are "
+        f"those of training without evaluations. {KL_UNIT} ± is the sample deviation over seeds."
+    )
+    return [_tabulate(name, heading(group), group, rows, [*counts, *speeds], note)]
+
+
+def _gain_per_minute(records: Records, domain: str) -> Callable[[Record], float]:
+    def measure(record: Record) -> float:
+        base = records.base(record.seed)
+        gain = domain_score(record, domain) - domain_score(base, domain) if base else math.nan
+        return 60 * gain / record.costs.seconds
+
+    return measure
+
+
+# Rewards ----------------------------------------------------------------------------------------
+
+
+def rewards(records: Records, group: Group, name: str, judge: str | None = None) -> list[Table]:
+    """Of each reward, what it gains by choosing alone, and what training on it gains.
+
+    Raises:
+        ValueError: The group has other axes than `reward` and one more.
+    """
+    other = axis_beside_reward(group)
+    found = {(row.labels[REWARD], row.labels[other]): row for row in rows_of(records, group, judge)}
+    bases = base_records(records, group)
+    ways = [(way, domain) for way in (BEST, *group.axes[other]) for domain in ("id", "ood")]
+    lines: list[list[Content]] = []
+    for reward in group.axes[REWARD]:
+        gains = [gain_of(found.get((reward, way)), bases, domain) for way, domain in ways]
+        seeds = max(gain.seeds for gain in gains)
+        if seeds:
+            lines.append([reward, seeds, *(Entry(gain, form="+.3f") for gain in gains)])
+    columns = [REWARD, "seeds", *(f"{way}, {DOMAINS[domain]}" for way, domain in ways)]
+    note = (
+        f"Gains over the base of the same seed. {BEST.capitalize()}: of the base's pictures the "
+        "reward chooses, without any training. ± is the sample deviation over seeds."
+    )
+    return [Table(name, heading(group), columns, lines, 2, note)]
+
+
+# Making a table ---------------------------------------------------------------------------------
+
+
+def _tabulate(
+    name: str,
+    title: str,
+    group: Group,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    note: str,
+) -> Table:
+    """Rows and columns in which any number is known; the rest is left out."""
+    base = next((row.records for row in rows if row.kind == "base"), {})
+    cells = [[_entry(column, row, base) for column in columns] for row in rows]
+    kept = [any(line[place].score.seeds for line in cells) for place in range(len(columns))]
+    lines: list[list[Content]] = [
+        [*row.labels.values(), len(row.records), *compress(line, kept)]
+        for row, line in zip(rows, cells, strict=True)
+        if any(entry.score.seeds for entry in line)
+    ]
+    titles = [
+        *(axis.replace("_", " ") for axis in group.axes),
+        "seeds",
+        *compress([column.title for column in columns], kept),
+    ]
+    unknown = [column.title for column, keep in zip(columns, kept, strict=True) if not keep]
+    if unknown:
+        note += f" Not known of any row: {', '.join(unknown)}."
+    return Table(name, title, titles, lines, len(group.axes) + 1, note)
+
+
+def _entry(column: Column, row: Row, base: Mapping[int, Record]) -> Entry:
+    values = {seed: column.measure(record) for seed, record in row.records.items()}
+    if row.kind == "base" or not column.compared:
+        return Entry(Spread.of(values.values()), form=column.form)
+    return compare(values, {seed: column.measure(r) for seed, r in base.items()}, column.form)

@@ -1,0 +1,176 @@
+"""A whole report of a made-up study: what it says, and that it says no more than its folders."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from cotgen_pl.study.claims import Claim, Found
+from cotgen_pl.study.definition import read_study
+from cotgen_pl.study.report import check_shown, write_report
+from cotgen_pl.study.sections import claim_blocks, missing_blocks
+from cotgen_pl.study.statistics import Interval
+from tests.study.made_up import make_study, read_all, study_file
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+# Chromium's windows are 500 pixels wide at least, so the page itself is made as narrow as a phone.
+MEASURE = """
+<style>html { width: WIDTHpx; }</style>
+<script>
+addEventListener("load", () => {
+  const all = selector => [...document.querySelectorAll(selector)];
+  const box = element => element.getBoundingClientRect();
+  const texts = all("th, td, p, li, h1, h2, h3, figcaption, pre");
+  const blocks = all("section > *").map(box);
+  document.title = JSON.stringify({
+    beside: all("body *").filter(e => !e.closest(".scroll *, pre") && box(e).right > WIDTH).length,
+    wide: document.body.scrollWidth - document.body.clientWidth,
+    cut: texts.filter(e => e.tagName != "PRE" && e.scrollWidth > e.clientWidth + 1).length,
+    overlapping: blocks.filter((b, i) => i && b.top < blocks[i - 1].bottom - 1).length,
+    blank: [...document.images].filter(e => !e.naturalWidth || e.width < 90).length,
+    images: document.images.length,
+    tables: all(".scroll table").length,
+  });
+});
+</script>
+"""
+
+
+def claim(name, **changes):
+    entries = {"test": "difference", "group": "main", "domain": "id", "of": {}}
+    return Claim(name=name, says=f"{name} is so", **entries | changes)
+
+
+@pytest.fixture(scope="module")
+def report(records, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    own = Found(claim("A"), "seen", {"difference": Interval(0.05, 0.01, 0.09)}, 6)
+    write_report(records, [own], folder)
+    return folder
+
+
+def test_page_and_markdown_tell_the_same(report):
+    page, text = (report / "report.html").read_text(), (report / "report.md").read_text()
+    titles = re.findall(r"<h[23]>(.*?)</h", page)
+    assert titles == re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+    assert titles[:2] == ["In short", "Rewards and algorithms"]
+    assert page.count("<tr>") == len(re.findall(r"^\| (?!---)", text, re.MULTILINE))
+    assert page.count("<img ") == text.count("![") + text.count("<img ")
+
+
+def test_markdown_names_files_that_are_there(report):
+    named = set(re.findall(r"(?:figures|pictures)/[\w.-]+", (report / "report.md").read_text()))
+    there = {
+        f"{p.parent.name}/{p.name}" for f in ("figures", "pictures") for p in (report / f).iterdir()
+    }
+    assert named == there
+    assert len(list((report / "tables").glob("*.csv"))) >= 8
+
+
+def test_commit_configs_and_commands_stand_in_it(report):
+    text = (report / "report.md").read_text()
+    assert "commit: 0123abc" in text
+    assert "python tools/main.py fit --config configs/dpo.yaml --reward exact" in text
+    assert "Nothing: all runs of the study are finished" in text
+
+
+def test_same_records_give_the_same_files(report, records, tmp_path):
+    own = Found(claim("A"), "seen", {"difference": Interval(0.05, 0.01, 0.09)}, 6)
+    write_report(records, [own], tmp_path)
+    files = [path for path in report.rglob("*") if path.is_file()]
+    assert len(files) > 40
+    for path in files:
+        assert (tmp_path / path.relative_to(report)).read_bytes() == path.read_bytes()
+
+
+def test_run_folder_that_is_gone_takes_its_rows_along(tmp_path):
+    study = make_study(tmp_path / "runs", seeds=(0,))
+    write_report(read_all(study), [], tmp_path / "report")
+    whole = {path.name for path in (tmp_path / "report").rglob("*.*")}
+    assert "main-narrow-dpo-0-near-0.png" in whole
+    shutil.rmtree(tmp_path / "runs/main/narrow-dpo")
+    shutil.rmtree(tmp_path / "runs/rounds")
+    write_report(read_all(study), [], tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    rows = [line for line in text.splitlines() if "narrow | dpo" in line]
+    assert not rows
+    assert "| main/narrow-dpo | Rewards and algorithms (main) | 0 |" in text
+    left = {path.name for path in (tmp_path / "report").rglob("*.*")}
+    assert left - whole == {"missing-runs.csv"}
+    assert {"main-narrow-dpo-0-near-0.png", "rounds-id.svg", "rounds.csv"} <= whole - left
+    assert "narrow,dpo" not in (tmp_path / "report/tables/results-near.csv").read_text()
+
+
+def test_study_without_a_finished_run_has_a_report(tmp_path):
+    study = read_study(study_file(tmp_path))
+    write_report(read_all(study), [], tmp_path / "report")
+    assert "0 of 26 runs are finished" in (tmp_path / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"group": "main", "kind": "bars"}, "expected kind to be one of suites"),
+        ({"group": "main"}, "got None"),
+        ({"group": "main", "kind": "suites", "domain": "id"}, r"got unknown \['domain'\]"),
+        ({"group": "main", "kind": "metrics"}, r"missing \['metrics', 'title'\]"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(tmp_path, entry, message):
+    study = read_study(study_file(tmp_path, tables={"mine": entry}))
+    with pytest.raises(ValueError, match=f"mine: .*{message}"):
+        check_shown(study)
+
+
+def test_contradictions_of_the_paper_are_stated():
+    opposite = Found(claim("A", paper=True), "not seen", {"x": Interval(-0.04, -0.06, -0.02)}, 6)
+    absent = Found(claim("B", paper=True), "not seen", {"x": Interval(0.0, -0.01, 0.01)}, 6)
+    ours = Found(claim("C"), "not seen", {"x": Interval(-0.04, -0.06, -0.02)}, 6)
+    told, heading, points, table = claim_blocks([opposite, absent, ours])
+    assert told == "Of 3 claims: 3 not seen."
+    assert heading == "Against the paper, 2 of its 2 claims:"
+    assert points.points == [
+        "The paper: A is so. Here the opposite is found: -0.040 (-0.060 to -0.020).",
+        "The paper: B is so. Here it is not seen: +0.000 (-0.010 to +0.010).",
+    ]
+    assert [row[1] for row in table.rows] == ["the paper", "the paper", "ours"]
+
+
+def test_claims_that_are_not_tested_contradict_nothing():
+    told, said, table = claim_blocks([Found(claim("A", paper=True), None)])
+    assert told == "Of 1 claims: 1 not tested."
+    assert said == (
+        "None of the paper's 1 claims is contradicted here; 1 of them could not be decided."
+    )
+    assert table.rows[0][2:] == ["not tested", ("-",), 0]
+
+
+def test_pictures_without_a_verdict_are_counted(tmp_path):
+    study = make_study(tmp_path, seeds=(0,))
+    path = tmp_path / "main/exact-grpo/seed_0/evaluation/far.json"
+    path.write_text(re.sub(r'"total": [\d.]+', '"total": null', path.read_text(), count=3))
+    _, points = missing_blocks(read_all(study))
+    assert points.points == ["`main/exact-grpo`, seed 0, far: 3 of 16"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_overlaps_or_is_cut_in_a_browser(report, tmp_path, width):
+    measure = MEASURE.replace("WIDTH", str(width))
+    page = (report / "report.html").read_text().replace("</body>", f"{measure}</body>")
+    (tmp_path / "page.html").write_text(page)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    flags += ["--no-first-run", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [CHROMIUM, *flags, "--window-size=1300,2000", f"file://{tmp_path / 'page.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    [title] = re.findall(r"<title>(.*?)</title>", done.stdout)
+    found = json.loads(html.unescape(title))
+    assert found.pop("images") == page.count("<img ") > 40
+    assert found.pop("tables") == page.count("<table>") > 8
+    assert found == {"beside": 0, "wide": 0, "cut": 0, "overlapping": 0, "blank": 0}

@@ -1,0 +1,114 @@
+"""Tables of a made-up study, against numbers that are known beforehand."""
+
+import math
+
+import pytest
+
+from cotgen_pl.study.entries import Entry, Spread, compare
+from cotgen_pl.study.folders import Records
+from cotgen_pl.study.tables import costs, domains, metrics, rewards, suites
+
+DEVIATION = 0.01 / math.sqrt(2)  # of two seeds that lie 0.01 apart
+
+
+def table_of(tables, name):
+    [found] = [table for table in tables if table.name == name]
+    return found
+
+
+def entry_of(table, column, *labels):
+    [row] = [row for row in table.rows if tuple(row[: len(labels)]) == labels]
+    return row[list(table.columns).index(column)]
+
+
+def test_spread_leaves_out_what_is_not_known():
+    assert Spread.of([]).text() == "-"
+    assert Spread.of([0.5, math.nan]).text() == "0.500 ± ?"
+    assert Spread.of([0.5, 0.7]).text("+.2f") == "+0.60 ± 0.14"
+
+
+def test_gains_of_fewer_seeds_say_so():
+    lines = compare({0: 0.6, 1: 0.8}, {0: 0.5}).lines()
+    assert lines == ["0.700 ± 0.141", "+0.100 ± ? (1 of 2 seeds)", "+20.0 ± ? % (1 of 2 seeds)"]
+
+
+def test_gain_over_a_base_of_zero_has_no_percentage():
+    assert compare({0: 0.5}, {0: 0.0}).lines() == ["0.500 ± ?", "+0.500 ± ?"]
+
+
+def test_each_suite_has_a_table_with_all_categories(records, main):
+    near, far = suites(records, main, "results", judge="exact")
+    assert (near.name, far.name) == ("results-near", "results-far")
+    assert "in domain" in near.title and "out of domain" in far.title
+    labels = ["reward", "algorithm", "seeds", "mean", "strict mean"]
+    assert near.columns == [*labels, "color", "shape"]
+    assert far.columns == [*labels, "counting", "position"]
+    assert len(near.rows) == 10
+
+
+def test_scores_have_gain_deviation_and_seeds(records, main):
+    near, _ = suites(records, main, "results", judge="exact")
+    entry = entry_of(near, "shape", "exact", "dpo")
+    assert entry.score.mean == pytest.approx(0.755)
+    assert entry.score.deviation == pytest.approx(DEVIATION)
+    assert entry.difference.mean == pytest.approx(0.255)
+    assert entry.relative.mean == pytest.approx(0.51)
+    assert entry.score.seeds == entry.difference.seeds == 2
+    assert entry_of(near, "seeds", "exact", "dpo") == 2
+    assert entry_of(near, "mean", "base").difference is None
+    assert entry_of(near, "mean", "broad", "best of 4").difference.mean == pytest.approx(0.1)
+
+
+def test_a_run_that_is_gone_has_no_row(records, main):
+    kept = {p: r for p, r in records.records.items() if p[0] != "main/narrow-dpo"}
+    rows = suites(Records(records.study, kept, ()), main, "results")[0].rows
+    assert ["narrow", "grpo"] in [row[:2] for row in rows]
+    assert ["narrow", "dpo"] not in [row[:2] for row in rows]
+
+
+def test_named_means_and_stars(records, main):
+    mark = {"labels": {"reward": "exact"}, "domain": "id", "note": "its own metric"}
+    means = {"near": {"colors alone": ["color"]}}
+    near, far = suites(records, main, "results", means=means, marks=[mark])
+    assert entry_of(near, "colors alone", "exact *", "dpo") == entry_of(
+        near, "color", "exact *", "dpo"
+    )
+    assert near.note.endswith("* its own metric")
+    assert entry_of(far, "mean", "exact", "dpo")
+    assert "*" not in far.note
+
+
+def test_domains_stand_beside_images_and_divergence(records):
+    [table] = domains(records, records.study.groups["rounds"], "rounds")
+    assert "controlled" in table.title
+    assert entry_of(table, "images", "2", "grpo").lines() == ["128 ± 0"]
+    assert entry_of(table, "KL to the base", "2", "grpo").score.mean == pytest.approx(0.2)
+    assert entry_of(table, "out of domain", "2", "grpo").difference.mean == pytest.approx(0.155)
+    assert entry_of(table, "in domain, strict", "base").score.mean == pytest.approx(0.5)
+
+
+def test_rewards_stand_with_what_they_choose_and_teach(records, main):
+    [table] = rewards(records, main, "rewards", judge="exact")
+    assert [row[0] for row in table.rows] == ["exact", "narrow", "broad"]
+    assert entry_of(table, "best of 4, out of domain", "narrow").score.mean == pytest.approx(0)
+    assert entry_of(table, "best of 4, out of domain", "broad").score.mean == pytest.approx(0.1)
+    assert entry_of(table, "dpo, out of domain", "broad").score.mean == pytest.approx(-0.025)
+
+
+def test_costs_are_the_last_that_was_logged(records, main):
+    [table] = costs(records, main, "costs")
+    assert "peak memory, GB" not in table.columns
+    assert table.note.endswith("Not known of any row: peak memory, GB.")
+    found = {column: entry_of(table, column, "exact", "dpo") for column in table.columns[3:]}
+    assert found["sequences back-propagated"].lines() == ["256 ± 0"]
+    assert found["seconds"].score.mean == 30
+    assert found["gain per minute, in domain"].score.mean == pytest.approx(2 * 0.255)
+
+
+def test_any_logged_number_has_a_table(records, main):
+    [table] = metrics(
+        records, main, "kl", "How far", {"divergence": "val/kl_to_base", "no": "val/none"}
+    )
+    assert table.columns == ["reward", "algorithm", "seeds", "divergence"]
+    assert table.title == "How far: Rewards and algorithms"
+    assert isinstance(table.rows[0][3], Entry)
