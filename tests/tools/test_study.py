@@ -1,6 +1,7 @@
 """A study of two runs on the Shapes world from one command."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,14 @@ def write_study(folder: Path, **overrides) -> Path:
             }
         },
     }
+    content["tables"] = {
+        "results": {"group": "main", "kind": "suites", "deviation": False},
+        "costs": {"group": "main", "kind": "costs", "deviation": False},
+    }
+    content["figures"] = {
+        "curves": {"group": "main", "kind": "curves"},
+        "pictures": {"group": "main", "kind": "pictures"},
+    }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
@@ -109,6 +118,20 @@ def test_a_missing_config_is_named(workplace, tmp_path):
         run_study([str(path)])
 
 
+def check_report(path: Path) -> None:
+    """What the study wrote has both runs, and what it writes without one of them has the other."""
+    report = path.parent / "study/report/report.md"
+    assert "3 of 3 runs are finished" in report.read_text()
+    rows = [line for line in report.read_text().splitlines() if line.startswith("| grpo | 1 | 0.")]
+    assert len(rows) == 2  # of two suites
+    assert report.read_text().count("<img ") == 3 * 2  # of base and runs, one of each suite
+    shutil.rmtree(path.parent / "study/main/grpo")
+    assert run_study([str(path), "--report"]) == 0
+    text = report.read_text()
+    assert "2 of 3 runs are finished" in text and "| main/grpo |" in text
+    assert "| grpo | 1 |" not in text and "| dpo | 1 |" in text
+
+
 @pytest.mark.slow
 def test_a_study_runs_is_skipped_when_finished_and_refuses_other_settings(
     workplace, tmp_path, capsys
@@ -126,6 +149,7 @@ def test_a_study_runs_is_skipped_when_finished_and_refuses_other_settings(
     capsys.readouterr()
     assert run_study([str(path)]) == 0
     assert "3 of 3 runs are finished" in capsys.readouterr().out
+    check_report(path)
     with pytest.raises(ValueError, match=r"config\.yaml: expected the run that the study names"):
         run_study([str(write_study(tmp_path, **{"model.init_args.guidance": 1.5}))])
 
