@@ -31,6 +31,7 @@ LAYERS = {
     "footprint": 1,
     "losses": 1,
     "official_results": 1,
+    "origin": 1,
     "pair_rows": 1,
     "phrases": 1,
     "pixels": 1,

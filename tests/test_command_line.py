@@ -20,6 +20,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cotgen_pl.origin import find_commit
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import write_prompts
 from tools import build_shapes
@@ -310,7 +311,9 @@ def test_the_run_folder_has_all_that_a_run_leaves(run):
     checkpoints = {"last.ckpt", "best.ckpt", *(f"epoch=0-step={n}.ckpt" for n in (2, 4, 6))}
     assert found >= expected | {f"checkpoints/{name}" for name in checkpoints}
     assert any("tfevents" in name for name in found)
-    policy = json.loads((folder / "run.json").read_text())["policy"]
+    told = json.loads((folder / "run.json").read_text())
+    assert told["commit"] == find_commit()
+    policy = told["policy"]
     assert policy["template"] == "<|User|>: {prompt}\n\n<|Assistant|>:"
 
 

@@ -34,6 +34,7 @@ from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint, StartCheckpoin
 from cotgen_pl.callbacks.metrics import MetricsFile
 from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
+from cotgen_pl.origin import find_commit
 from cotgen_pl.sharded_checkpoints import load_parts
 
 # Lightning's advice on choices that are made on purpose here.
@@ -94,7 +95,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def _found_out(self, module: PolicyModule) -> dict[str, Any]:
         versions = {name: version(name) for name in ("torch", "transformers", "lightning")}
-        own = {"cotgen_pl": cotgen_pl.__version__}
+        own = {"commit": find_commit(), "cotgen_pl": cotgen_pl.__version__}
         found = {**own, **versions, "policy": module.policy.describe()}
         if hasattr(module, "micro_batch_size"):  # found, under `auto`; config.yaml has that word
             found["micro_batch_size"] = module.micro_batch_size

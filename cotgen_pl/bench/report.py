@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from cotgen_pl.bench.measuring import Timing
 from cotgen_pl.bench.roofline import Machine
+from cotgen_pl.origin import find_commit
 
 
 @dataclass
@@ -110,21 +109,10 @@ def describe_machine(machine: Machine, device: torch.device) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],  # of the last minute: whether others used the machine
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "commit": _commit(),
+        "commit": find_commit(),
         "copy_gb_per_s": machine.bandwidth / 1e9,
         "matrix_tflop_per_s": machine.matrix_rate / 1e12,
     }
-
-
-def _commit() -> str | None:
-    """Of the checkout that this file lies in, with `-dirty` behind it where files differ."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    folder = Path(__file__).parent
-    try:
-        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None  # an installed package, or a machine without git
-    return finished.stdout.strip()
 
 
 def as_json(content: dict[str, Any]) -> str:
