@@ -60,14 +60,14 @@ def claim_blocks(claims: Sequence[Found]) -> list[Block]:
     rows: list[list[Content]] = [
         [
             found.claim.says,
-            "the paper" if found.claim.paper else "ours",
             _finding(found),
             tuple(_write_intervals(found)),
             found.seeds,
+            "the paper" if found.claim.paper else "ours",
         ]
         for found in claims
     ]
-    columns = ["claim", "whose", "finding", "mean (95 % interval)", "seeds"]
+    columns = ["claim", "finding", "mean (95 % interval)", "seeds", "whose"]
     return [
         f"Of {len(claims)} claims: {told}.",
         *against_paper([found for found in claims if found.claim.paper]),
