@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+DIGESTS = "checksums.json"
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], part: str = "part") -> None:
@@ -52,6 +55,34 @@ def _no_room(path: Path, error: OSError) -> ValueError:
         f"expected room for {path}, got: {error}; what was finished before it stays: free some "
         "room, and go on with --ckpt_path last"
     )
+
+
+def write_digests(folder: Path) -> None:
+    """List the SHA-256 of each of a folder's files, in `checksums.json` beside them."""
+    digests = {path.name: _digest(path) for path in _files_of(folder)}
+    text = json.dumps(digests, indent=2) + "\n"
+    write_whole(folder / DIGESTS, lambda part: part.write_text(text))
+
+
+def check_digests(folder: Path) -> None:
+    """Raise a ValueError unless the files are those of `write_digests`, byte for byte."""
+    listed = _as_row((folder / DIGESTS).read_text(errors="replace")) or {}
+    found = {path.name: _digest(path) for path in _files_of(folder)}
+    differing = sorted(n for n in listed.keys() | found if listed.get(n) != found.get(n))
+    if differing or not listed:
+        raise ValueError(
+            f"expected the files of {folder} as {DIGESTS} has them, got others: "
+            f"{', '.join(differing) or DIGESTS}; copy the folder again, or take another one"
+        )
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name != DIGESTS)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

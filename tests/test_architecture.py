@@ -53,6 +53,7 @@ LAYERS = {
     "planning": 2,
     "policies": 2,
     "rewards": 2,
+    "run_checkpoints": 2,
     "selection": 2,
     "strategies": 2,
     "data": 3,

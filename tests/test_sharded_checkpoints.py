@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from cotgen_pl import sharded_checkpoints
+from cotgen_pl.run_checkpoints import WholeCheckpoints
 from cotgen_pl.sharded_checkpoints import load_parts, save_parts, split_whole
-from tools.main import WholeCheckpoints
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint
 from cotgen_pl.data.pairs import PairData
 from cotgen_pl.data.prompts import PromptData
 from cotgen_pl.modules.dpo import DPOModule
+from cotgen_pl.run_checkpoints import WholeCheckpoints
 from cotgen_pl.sharding import whole
 from cotgen_pl.strategies import ShardedStrategy
 from tests.toys import make_dpo, make_grpo, make_policy, make_trainer, write_prompts
-from tools.main import WholeCheckpoints
 
 PER_UPDATE, MOST_UPDATES = 8, 10
 OF_THE_POLICY = ("lora", "trains", "gradient_checkpointing")

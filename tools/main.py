@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
-import shutil
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -35,7 +33,7 @@ from cotgen_pl.callbacks.metrics import MetricsFile
 from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.origin import find_commit
-from cotgen_pl.sharded_checkpoints import load_parts
+from cotgen_pl.run_checkpoints import WholeCheckpoints, check_whole, is_on_disk, newest_good
 
 # Lightning's advice on choices that are made on purpose here.
 EXPECTED = (
@@ -55,6 +53,9 @@ EXPECTED = (
 RESOLVED_BY_LIGHTNING = ("best", "hpc")
 
 ENDED = "ended.json"
+
+# How often SLURM and torchrun say that they have started this command before.
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 # No space, quota used up, file beyond `ulimit -f`.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -121,40 +122,6 @@ class Curves(TensorBoardLogger):
             self._experiment.flush()
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside the one that it takes the place of, and then renames it.
-
-    Lightning's own goes through the system's temporary folder and is copied over the old one: a
-    kill or a full disk in between would leave neither.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Write to a disk whole or not at all; to any other place as Lightning does."""
-        on_disk = type(get_filesystem(path)) is type(get_filesystem("."))
-        if storage_options is not None or not on_disk:
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        content = io.BytesIO()  # torch's own writer hides that a disk is full
-        torch.save(checkpoint, content)
-
-        def write(part: Path) -> None:
-            part.write_bytes(content.getbuffer())
-            if Path(path).is_dir():  # of a sharded run, whose place the file can take by now
-                shutil.rmtree(path)
-
-        write_whole(Path(path), write)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """Read a file, or the folder of a sharded run."""
-        if Path(path).is_dir():
-            return load_parts(Path(path), None)
-        return super().load_checkpoint(path, map_location, weights_only)
-
-
 class CommandLine(LightningCLI):
     """LightningCLI with one run folder, `trainer.default_root_dir`, for all that a run writes."""
 
@@ -163,14 +130,26 @@ class CommandLine(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Read no settings from a checkpoint: config.yaml has them, and runs put none there.
+
+        Lightning's own would read all of it for that, unchecked.
+        """
+
     def before_instantiate_classes(self) -> None:
-        """Read the file that a strategy is named by, and refuse to mix two runs in one folder."""
+        """Read the file that a strategy is named by; refuse to mix two runs in one folder.
+
+        A command that its launcher starts again goes on with its run.
+        """
         config = self.config[self.subcommand]
         config.trainer.strategy = read_strategy(config.trainer.strategy)
         folder = Path(config.trainer.default_root_dir or ".")
         if self.subcommand != "fit" or config.ckpt_path:
             return
         if any((folder / name).exists() for name in ("config.yaml", "metrics.csv")):
+            if any(os.environ.get(name, "0") != "0" for name in RESTARTS):
+                config.ckpt_path = "last"
+                return
             raise ValueError(
                 f"{folder} holds a run already; go on with it by --ckpt_path last, name another "
                 "folder by --trainer.default_root_dir, or remove it"
@@ -207,27 +186,37 @@ class CommandLine(LightningCLI):
         return [*loggers, MetricsFile(folder)]
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that is not there: Lightning starts over without `last`."""
+        """Find `last`, and refuse a checkpoint that is damaged, or not there, before weights load.
+
+        Lightning starts over where there is no `last`.
+        """
         path = self.config[self.subcommand].ckpt_path
         if path == "last":
-            self._check_last()
-        elif path and path not in RESOLVED_BY_LIGHTNING and not get_filesystem(path).exists(path):
-            raise ValueError(
-                f"expected a checkpoint at {path}, got none; name a file of a run's checkpoints "
-                "folder, or leave out --ckpt_path to begin with the policy's own weights"
-            )
+            self.config_init[self.subcommand].ckpt_path = str(self._find_last())
+        elif path and path not in RESOLVED_BY_LIGHTNING:
+            if not get_filesystem(path).exists(path):
+                raise ValueError(
+                    f"expected a checkpoint at {path}, got none; name a file of a run's "
+                    "checkpoints folder, or leave out --ckpt_path to begin with the policy's own "
+                    "weights"
+                )
+            if is_on_disk(path):
+                check_whole(Path(path))
 
-    def _check_last(self) -> None:
+    def _find_last(self) -> Path:
         callbacks = self.trainer.checkpoint_callbacks
-        folders = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint)]
-        if not any(path for folder in folders for path in folder.glob("last*.ckpt")):
-            names = ", ".join(map(str, dict.fromkeys(folders))) or self.trainer.default_root_dir
+        named = [Path(c.dirpath) for c in callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        folders = list(dict.fromkeys(named))
+        found = newest_good(folders)
+        if found is None:
+            names = ", ".join(map(str, folders)) or self.trainer.default_root_dir
             raise ValueError(
                 f"expected last.ckpt in {names} for --ckpt_path last, got none; name the run's "
                 "folder by --trainer.default_root_dir, a checkpoint by --ckpt_path FILE, or leave "
                 "out --ckpt_path to begin with the policy's own weights (for a run that ended "
                 "before its first checkpoint, remove its folder first)"
             )
+        return found
 
     def before_validate(self) -> None:
         """Leave out the data: the module alone gives the loop a batch, suites have own prompts."""
