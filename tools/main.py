@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,11 +26,13 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import cotgen_pl
 from cotgen_pl.callbacks.export import HuggingFaceExport
 from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint, StartCheckpoint
 from cotgen_pl.callbacks.metrics import MetricsFile
+from cotgen_pl.callbacks.preemption import Preemption
 from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.origin import find_commit
@@ -56,6 +59,9 @@ ENDED = "ended.json"
 
 # How often SLURM and torchrun say that they have started this command before.
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
+# What shells say of a program that SIGTERM ended; to launchers, the run is not done.
+STOPPED = 128 + signal.SIGTERM
 
 # No space, quota used up, file beyond `ulimit -f`.
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -160,7 +166,8 @@ class CommandLine(LightningCLI):
 
         Not into the configuration: the saved one would lead another run into this folder. The end
         of training is saved and scored in every run, so what ends it goes first, and what saves it
-        last. The start is saved before anything is done at it.
+        last; behind that is what stops a run that is told to. The start is saved before anything is
+        done at it.
         """
         trainer = super().instantiate_trainer(logger=self._loggers(), **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # neither named nor sharded
@@ -169,7 +176,7 @@ class CommandLine(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning would put them into the folder of the first logger.
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        callbacks = [StartCheckpoint(), *trainer.callbacks, FinalCheckpoint()]
+        callbacks = [StartCheckpoint(), *trainer.callbacks, FinalCheckpoint(), Preemption()]
         first = (StartCheckpoint, Timer, SaveRunConfig)
         trainer.callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, first))
         return trainer
@@ -310,6 +317,9 @@ def run_command(command: Callable[[], Any]) -> Any:
     """
     try:
         return command()
+    except SIGTERMException:
+        print("stopped as asked; go on with --ckpt_path last", file=sys.stderr)
+        sys.exit(STOPPED)
     except (ValueError, OSError) as error:
         mistake = find_mistake(error)
         if mistake is None:

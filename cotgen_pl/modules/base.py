@@ -71,6 +71,8 @@ class PolicyModule(ParallelModule):
         self.seconds: dict[str, float] = defaultdict(float)
         self.write_pictures: Callable[[], int] | None = None
         """What `predict` does, and how many pictures that made; `ImageWriter` sets it."""
+        self.before_drawing: list[Callable[[str], Any]] = []
+        """Called with the stream before pictures are drawn; callbacks add to it."""
         self._start_weights: dict[str, Tensor] = {}
         self._reference_weights: dict[str, Tensor] = {}  # empty: those of the start
         self._random_state: Tensor | None = None  # of a checkpoint, until it is set
@@ -215,6 +217,8 @@ class PolicyModule(ParallelModule):
         Returns:
             Tokens and log-probabilities, [P * copies, T] each.
         """
+        for act in self.before_drawing:
+            act(stream)
         seeds = self.noise_seeds(prompts, copies, stream, first_copy)
         settings = {"guidance": self.guidance, "temperature": self.temperature} | sampling
         texts = [prompt.drawn_text for prompt in prompts]
