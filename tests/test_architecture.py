@@ -73,6 +73,7 @@ SHARED_INSIDE_THEIR_FOLDER = {
     "cotgen_pl.callbacks.tables",
     "cotgen_pl.callbacks.verdicts",
     "cotgen_pl.modules.base",
+    "cotgen_pl.modules.finite",
     "cotgen_pl.modules.grpo_settings",
     "cotgen_pl.modules.micro_batches",
     "cotgen_pl.modules.offline",

@@ -15,7 +15,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import (
     ArgsType,
@@ -31,8 +31,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import cotgen_pl
 from cotgen_pl.callbacks.export import HuggingFaceExport
 from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint, StartCheckpoint
+from cotgen_pl.callbacks.guards import Guards
 from cotgen_pl.callbacks.metrics import MetricsFile
 from cotgen_pl.callbacks.preemption import Preemption
+from cotgen_pl.callbacks.watchdog import Watchdog
 from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.origin import find_commit
@@ -176,8 +178,13 @@ class CommandLine(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning would put them into the folder of the first logger.
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        callbacks = [StartCheckpoint(), *trainer.callbacks, FinalCheckpoint(), Preemption()]
-        first = (StartCheckpoint, Timer, SaveRunConfig)
+        own: list[Callback] = [StartCheckpoint()]
+        if not any(isinstance(callback, Guards) for callback in trainer.callbacks):
+            own.append(Guards())
+        if trainer.world_size > 1 and not any(isinstance(c, Watchdog) for c in trainer.callbacks):
+            own.append(Watchdog())
+        callbacks = [*own, *trainer.callbacks, FinalCheckpoint(), Preemption()]
+        first = (StartCheckpoint, Guards, Watchdog, Timer, SaveRunConfig)
         trainer.callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, first))
         return trainer
 

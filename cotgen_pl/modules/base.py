@@ -21,6 +21,7 @@ from cotgen_pl.adapters import check_rounding, lend_weights
 from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, Prompt, Reward
 from cotgen_pl.metrics import MAXIMA, MINIMA, Stopwatch
+from cotgen_pl.modules.finite import FiniteSteps
 from cotgen_pl.modules.parallel import ParallelModule
 from cotgen_pl.sampling import check_guidance, noise_seed, sample_tokens
 from cotgen_pl.sharding import take_values, whole
@@ -28,7 +29,7 @@ from cotgen_pl.sharding import take_values, whole
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")  # others lose small steps or rewards' precision
 
 
-class PolicyModule(ParallelModule):
+class PolicyModule(FiniteSteps, ParallelModule):
     """A policy in training. Subclasses add an algorithm's `training_step`.
 
     Weights are read in `configure_model`, after all that can be wrong with a configuration has been
@@ -170,22 +171,6 @@ class PolicyModule(ParallelModule):
         else:  # it lends the policy adapters
             with self.reference_weights() as policy:
                 self.reference = policy.reference()
-
-    def check_finite(self, value: Tensor, name: str, update: int | None = None) -> None:
-        """Raise a ValueError that names the step unless a loss or norm is a number.
-
-        Args:
-            value: A scalar.
-            name: What it is, for the message.
-            update: Number of the update, from 1; absent means the one after `rollouts`.
-        """
-        if not torch.isfinite(value):
-            raise ValueError(
-                f"expected a finite {name} in update {update or self.rollouts + 1} (optimizer step "
-                f"{self.global_step + 1}), got {value.item()}; this step was not taken and no "
-                "checkpoint was written: resume from the last one with a smaller learning rate, or "
-                "clip gradients"
-            )
 
     def clip_gradients_to(self, limit: float | None) -> Tensor:
         """Clip to a norm, if one is given, and return the norm before, over all parts."""
@@ -335,7 +320,8 @@ class PolicyModule(ParallelModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add counters, torch's random state and the weights of a refreshed reference."""
         checkpoint["reference"] = self._reference_weights
-        checkpoint["progress"] = {"images_sampled": self.images_sampled, "rollouts": self.rollouts}
+        names = ("images_sampled", "rollouts", "skipped_steps")
+        checkpoint["progress"] = {name: getattr(self, name) for name in names}
         checkpoint["work"] = {
             "sequences_backpropagated": self.sequences_backpropagated,
             "seconds": self.stopwatch.seconds,
@@ -351,6 +337,7 @@ class PolicyModule(ParallelModule):
         """
         self.images_sampled = checkpoint["progress"]["images_sampled"]
         self.rollouts = checkpoint["progress"]["rollouts"]
+        self.skipped_steps = checkpoint["progress"].get("skipped_steps", 0)  # of older ones
         unknown = {"sequences_backpropagated": nan, "seconds": nan}  # to older checkpoints
         work = checkpoint.get("work", unknown)
         self.sequences_backpropagated = work["sequences_backpropagated"]

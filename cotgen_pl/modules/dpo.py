@@ -141,7 +141,6 @@ class DPOModule(MicroBatchModule, OfflineModule):
         with self.phase("reference"):
             reference = self._reference_of(pairs)
         loss, metrics = self._loss_in_parts(pairs, reference)
-        self.check_finite(loss, "loss")
         self.log_update(metrics, sequences=2 * len(pairs))
         return loss
 

@@ -190,7 +190,7 @@ class GRPOModule(MicroBatchModule):
         self._images_drawn = 0
         rollout = self.collect(prompts)
         for _ in range(self.updates_per_rollout):
-            with self.phase("update"):
+            with self.phase("update"), self.skipping():
                 self.update(rollout)
         self.optimizers().zero_grad()  # type: ignore[union-attr]  # or they wait out a rollout
         self._log_performance(time.perf_counter() - started)
@@ -321,7 +321,7 @@ class GRPOModule(MicroBatchModule):
         return rollout.split(self.micro_batch_size or len(rollout))
 
     def update(self, rollout: Rollout) -> None:
-        """One optimizer step on the whole rollout."""
+        """One optimizer step on the whole rollout, or a NotFiniteError in its place."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.zero_grad()

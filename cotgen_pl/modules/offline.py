@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 
 from cotgen_pl.interfaces import Policy, Reward, freeze
 from cotgen_pl.metrics import peak_memory_gb
@@ -98,16 +99,23 @@ class OfflineModule(PolicyModule):
         self.rollouts += 1
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take it, and let gradients go: else their memory waits out what is drawn until the next.
+        """Take the step, or leave it out: what it raises comes before any weight changes.
 
-        Arguments are Lightning's.
+        Then let gradients go: else their memory waits out what is drawn until the next. Arguments
+        are Lightning's.
         """
-        super().optimizer_step(*args, **kwargs)
+        with self.skipping():
+            super().optimizer_step(*args, **kwargs)
         self.trainer.optimizers[0].zero_grad()
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Keep the loss: Lightning expects a backward pass of a bad one, too."""
+        self._loss = loss.detach()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Stop before a non-finite gradient is clipped or reaches the weights."""
+        self.check_finite(self._loss, "loss", update=self.rollouts)  # counted with its loss
         gradients = [p.grad for p in self._trained().values() if p.grad is not None]
         norm = whole(torch.nn.utils.get_total_norm(gradients))
-        self.check_finite(norm, "gradient norm", update=self.rollouts)  # counted with its loss
+        self.check_finite(norm, "gradient norm", update=self.rollouts)
         self.log("train/grad_norm", norm)

@@ -71,7 +71,6 @@ class SFTModule(OfflineModule):
         texts = [prompt.drawn_text for prompt in prompts]
         logits = self.policy.logits(texts, tokens, self._dropped(len(prompts)))
         loss = -token_logprobs(logits, tokens).mean()
-        self.check_finite(loss, "loss")
         self.log_update({"loss": loss}, sequences=len(tokens))
         return loss
 

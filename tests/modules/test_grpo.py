@@ -487,7 +487,7 @@ def test_a_non_finite_loss_stops_and_leaves_the_last_checkpoint(tiny_janus, tmp_
     with pytest.raises(ValueError, match=message):
         fit(module, tmp_path, kept, checkpoints)
     last = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
-    assert last["progress"] == {"images_sampled": 16, "rollouts": 2}
+    assert last["progress"] == {"images_sampled": 16, "rollouts": 2, "skipped_steps": 0}
     for name, weight in kept.weights[-1].items():
         assert torch.equal(weight, last["state_dict"][name])
         assert torch.equal(weight, module.state_dict()[name])  # nor were the weights touched
