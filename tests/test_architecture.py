@@ -56,6 +56,7 @@ LAYERS = {
     "run_checkpoints": 2,
     "selection": 2,
     "strategies": 2,
+    "communication": 3,
     "data": 3,
     "modules": 3,
     "savings": 3,

@@ -24,6 +24,7 @@ import torch
 from transformers import JanusConfig
 
 from cotgen_pl.checkpoints import expand_home, read_config
+from cotgen_pl.communication import ddp_bytes, format_communication, sharded_bytes
 from cotgen_pl.footprint import PROMPT_TOKENS, PlannedPolicy, PolicySizes, read_sizes
 from cotgen_pl.interfaces import check_positive, check_share
 from cotgen_pl.modules.dpo import DPOModule
@@ -296,6 +297,12 @@ def plan_on(
         "micro_batch_images": work.micro_batch,
         "memory": planned,
         "seconds": spent,
+        "communication": {
+            "ddp": dict(ddp_bytes(policy, work)),
+            "sharded": dict(sharded_bytes(policy, work)),
+        }
+        if work.processes > 1
+        else None,
         "work": work,
     }
 
@@ -324,6 +331,8 @@ def show(found: dict[str, Any], policy: PlannedPolicy) -> None:
         print(format_seconds(found["seconds"], policy, found["work"]))
     else:
         print("  seconds: not known (planned for bf16-mixed on GPUs alone)")
+    if found["communication"]:
+        print(format_communication(policy, found["work"]))
     if not found["fits"]:
         print(format_savings(policy, found["work"], found["room"]))
     print()
