@@ -158,8 +158,8 @@ class Two:
 
     def processes(self) -> list[psutil.Process]:
         """The first rank, and the second."""
-        children = [c for c in self.main.children() if "tools/main.py" in c.cmdline()]
-        return [self.main, *children]
+        scripts = {child: " ".join(child.cmdline()) for child in self.main.children()}
+        return [self.main, *(child for child, line in scripts.items() if "main.py fit" in line)]
 
     def wait(self) -> int:
         code: int = self.main.wait(LONGEST_S)
