@@ -204,3 +204,23 @@ def test_one_or_both_of_two_killed_at_a_random_moment_go_on_bit_for_bit(
     assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
     assert_same(read_checkpoint(folder), read_checkpoint(unharmed))
     assert read_metrics(folder) == read_metrics(unharmed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_of_which_one_is_told_to_stop_save_and_go_on(whole_two, repository, tmp_path, rank):
+    """As a launcher does that tells one process, or all at different moments."""
+    config, unharmed, _ = whole_two
+    folder = tmp_path / "run"
+    run = Two(repository, config, folder)
+    run.wait_for_training()
+    ranks = run.processes()
+    ranks[rank].send_signal(signal.SIGTERM)
+    psutil.wait_procs(ranks, LONGEST_S)
+    assert run.wait() != 0
+    assert "stopped as asked; go on with --ckpt_path last" in run.output.read_text()
+    assert 0 < read_checkpoint(folder)["progress"]["rollouts"] < 12
+    again = Two(repository, config, folder, restarts=1)
+    assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
+    assert_same(read_checkpoint(folder), read_checkpoint(unharmed))
+    assert read_metrics(folder) == read_metrics(unharmed)
