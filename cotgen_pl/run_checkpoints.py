@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from cotgen_pl.files import check_digests, write_whole
+from cotgen_pl.files import DIGESTS, check_digests, write_whole
 from cotgen_pl.sharded_checkpoints import load_parts
 
 ADVICE = (
@@ -87,17 +87,16 @@ def check_whole(path: Path) -> None:
     Raises:
         ValueError: It is not what was written, or holds more than tensors and plain values.
     """
+    archives = [path]
     if path.is_dir():
-        for listed in sorted(path.rglob("checksums.json")):
+        for listed in sorted(path.rglob(DIGESTS)):
             check_digests(listed.parent)
-        archives = sorted(path.glob("*.pt"))
-    else:
-        archives = [path]
-    for archive in archives:
-        broken = _find_damage(archive)
-        if broken:
+        archives = sorted(path.glob("*.pt"))  # written last
+    damages = [_find_damage(archive) for archive in archives] or ["it was never finished"]
+    for damage in damages:
+        if damage:
             raise ValueError(
-                f"expected a whole checkpoint at {path}, got a damaged one ({broken}); {ADVICE}"
+                f"expected a whole checkpoint at {path}, got a damaged one ({damage}); {ADVICE}"
             )
 
 

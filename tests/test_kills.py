@@ -171,7 +171,7 @@ def whole_two(tiny_janus, repository, tmp_path_factory):
     """The config, the folder of a run of two processes, and the seconds of its training."""
     folder = tmp_path_factory.mktemp("two")
     settings, config = settings_of(tiny_janus, folder), folder / "run.yaml"
-    settings["model"]["init_args"] |= {"images_budget": 96, "images_per_update": 8}
+    settings["model"]["init_args"] |= {"images_budget": 64, "images_per_update": 8}
     config.write_text(yaml.safe_dump(settings))
     run = Two(repository, config, folder / "run")
     run.wait_for_training()
@@ -219,7 +219,7 @@ def test_two_of_which_one_is_told_to_stop_save_and_go_on(whole_two, repository, 
     psutil.wait_procs(ranks, LONGEST_S)
     assert run.wait() != 0
     assert "stopped as asked; go on with --ckpt_path last" in run.output.read_text()
-    assert 0 < read_checkpoint(folder)["progress"]["rollouts"] < 12
+    assert 0 < read_checkpoint(folder)["progress"]["rollouts"] < 8
     again = Two(repository, config, folder, restarts=1)
     assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
     assert_same(read_checkpoint(folder), read_checkpoint(unharmed))

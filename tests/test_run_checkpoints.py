@@ -109,6 +109,12 @@ def test_a_folder_whose_own_file_is_cut_is_refused(tmp_path):
         check_whole(tmp_path)
 
 
+def test_a_folder_that_was_never_finished_is_refused(tmp_path):
+    (tmp_path / "1").mkdir()
+    with pytest.raises(ValueError, match=r"got a damaged one \(it was never finished\)"):
+        check_whole(tmp_path)
+
+
 def test_an_empty_list_is_no_list(tmp_path):
     (tmp_path / "checksums.json").write_text("{}")
     with pytest.raises(ValueError, match=r"got others: checksums\.json"):

@@ -21,6 +21,8 @@ ADVICE = {
     "kl_coef, or gradient clipping",
 }
 
+SIGNS = ("train/frac_reward_zero_std", "train/grad_norm", "train/kl", "train/kl_proxy")
+
 
 class Guards(Callback):
     """Watches each update's numbers, and warns once, or stops, where they say that it is lost.
@@ -32,7 +34,8 @@ class Guards(Callback):
 
     Args:
         max_skipped_steps: Optimizer steps of the whole run whose loss or gradient norm is not
-            finite that are left out: weights and optimizer state stay. One more stops the run.
+            finite that are left out: weights and the optimizer's state stay; rollouts, images and,
+            but for GRPO's, the learning rate's schedule go on. One more stops the run.
         patience: Updates in a row with equal rewards in all groups, or with a gradient of 0.
         most_kl: Largest `train/kl` or `train/kl_proxy`, in nats per token. One token of Janus's
             16,384, chosen for sure, is 9.7 from choosing each of them alike.
@@ -83,7 +86,8 @@ class Guards(Callback):
         if pl_module.skipped_steps > self.skipped_steps:
             self.skipped_steps = pl_module.skipped_steps
             alarms["train/skipped_steps"] = float(self.skipped_steps)
-        holding = self._holding({n: float(v) for n, v in trainer.callback_metrics.items()})
+        logged = trainer.callback_metrics
+        holding = self._holding({name: float(logged[name]) for name in SIGNS if name in logged})
         alarms |= {f"train/alarm/{name}": 1.0 for name in holding}
         for logger in trainer.loggers:
             if alarms:

@@ -54,7 +54,8 @@ class Watchdog(Callback):
         self._own.unlink(missing_ok=True)
         trainer.strategy.barrier("earlier traces are gone")
         pl_module.before_drawing.append(self._note)
-        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+        self._thread.start()
 
     def _note(self, stream: str = "") -> None:
         self._signs += 1
@@ -67,12 +68,14 @@ class Watchdog(Callback):
         """Note a sign of life."""
         self._note()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch no more; leave nothing behind."""
         self._over.set()
-        if trainer.is_global_zero and stage == "fit":
+        self._thread.join()
+        trainer.strategy.barrier("no process watches")
+        if trainer.is_global_zero:
             self._sign_path.unlink(missing_ok=True)
-            if self._folder.is_dir() and not any(self._folder.iterdir()):
+            if not any(self._folder.iterdir()):
                 self._folder.rmdir()
 
     def on_exception(self, *arguments: Any) -> None:

@@ -318,7 +318,7 @@ class PolicyModule(FiniteSteps, ParallelModule):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add counters, torch's random state and the weights of a refreshed reference."""
+        """Add counters, each process's random state and the weights of a refreshed reference."""
         checkpoint["reference"] = self._reference_weights
         names = ("images_sampled", "rollouts", "skipped_steps")
         checkpoint["progress"] = {name: getattr(self, name) for name in names}
@@ -327,7 +327,9 @@ class PolicyModule(FiniteSteps, ParallelModule):
             "seconds": self.stopwatch.seconds,
         }
         pending = self._random_state  # of a resumed run that has had no batch yet
-        checkpoint["random_state"] = torch.get_rng_state() if pending is None else pending
+        own = torch.get_rng_state() if pending is None else pending
+        # [processes, bytes]: they go apart where processes score unequal shares.
+        checkpoint["random_state"] = self.gather(own.to(self.device)).cpu().view(-1, len(own))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up counters and, in time for the next batch, torch's random state.
@@ -343,7 +345,8 @@ class PolicyModule(FiniteSteps, ParallelModule):
         self.sequences_backpropagated = work["sequences_backpropagated"]
         self.stopwatch = Stopwatch(work["seconds"])
         if self.rollouts > 0:
-            self._random_state = checkpoint["random_state"].cpu()
+            states = checkpoint["random_state"].cpu().view(-1, len(torch.get_rng_state()))
+            self._random_state = states[self.global_rank % len(states)].clone()
         begins_folder = self.trainer.state.fn == "fit" and not self._drawn_folder.exists()
         if begins_folder and self.trainer.is_global_zero:
             self.count_drawn(self.images_sampled)  # in another folder

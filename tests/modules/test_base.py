@@ -181,7 +181,7 @@ def test_checkpoint_holds_what_trains_and_nothing_else(tiny_janus, checkpoint):
     assert content["state_dict"].keys() == trained
     assert all(torch.equal(weight, weights[name]) for name, weight in content["state_dict"].items())
     assert len(content["optimizer_states"][0]["state"]) == len(trained)
-    assert content["progress"] == {"images_sampled": 16, "rollouts": 2}
+    assert content["progress"] == {"images_sampled": 16, "rollouts": 2, "skipped_steps": 0}
     assert content["random_state"].dtype == torch.uint8
 
 
@@ -234,6 +234,20 @@ def test_images_of_processes_that_are_no_more_count(module, tmp_path):
 # Random states ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("rank", "taken"), [(0, 0), (1, 1), (2, 0)])
+def test_each_process_takes_up_its_own_random_state(
+    module, checkpoint, tmp_path, monkeypatch, rank, taken
+):
+    """One that was not there before takes that of another."""
+    content = torch.load(checkpoint[0], weights_only=True)
+    torch.rand(7)
+    states = torch.cat([content["random_state"], torch.get_rng_state()[None]])
+    module.trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(type(module), "global_rank", rank)
+    module.on_load_checkpoint(content | {"random_state": states, "reference": {}})
+    assert torch.equal(module._random_state, states[taken])
+
+
 def test_a_random_state_of_its_own_repeats_and_leaves_the_run_s_alone(module):
     before, drawn = torch.get_rng_state(), []
     for key in (("pairs", 0), ("pairs", 1), ("pairs", 0)):
@@ -243,12 +257,13 @@ def test_a_random_state_of_its_own_repeats_and_leaves_the_run_s_alone(module):
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-def test_a_random_state_that_waits_for_its_batch_is_saved_as_it_is(module, checkpoint):
+def test_a_random_state_that_waits_for_its_batch_is_saved_as_it_is(module, checkpoint, tmp_path):
     content = torch.load(checkpoint[0], weights_only=True)
+    module.trainer = make_trainer(tmp_path)
     saved = {}
     module.on_save_checkpoint(saved)
-    assert torch.equal(saved["random_state"], torch.get_rng_state())
-    module._random_state = content["random_state"]
+    assert torch.equal(saved["random_state"], torch.get_rng_state()[None])  # of one process
+    module._random_state = content["random_state"][0]
     torch.rand(1)
     module.on_save_checkpoint(saved)
     assert torch.equal(saved["random_state"], content["random_state"])
