@@ -180,6 +180,21 @@ def whole_two(tiny_janus, repository, tmp_path_factory):
     return config, folder / "run", time.monotonic() - started
 
 
+def assert_same_but_for_rounding(folder: Path, unharmed: Path) -> None:
+    """Bit for bit, but for scores of an evaluation that was killed.
+
+    What is left of it is shared out anew: other batches of float32 round otherwise.
+    """
+    assert_same(read_checkpoint(folder), read_checkpoint(unharmed))
+    found, expected = read_metrics(folder), read_metrics(unharmed)
+    assert [row[:2] for row in found] == [row[:2] for row in expected]
+    for (step, metric, value), (_, _, other) in zip(found, expected, strict=True):
+        if metric.startswith("val/"):
+            assert float(value) == pytest.approx(float(other), abs=1e-6), (step, metric)
+        else:
+            assert value == other, (step, metric)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS // 2))
 def test_one_or_both_of_two_killed_at_a_random_moment_go_on_bit_for_bit(
@@ -202,8 +217,7 @@ def test_one_or_both_of_two_killed_at_a_random_moment_go_on_bit_for_bit(
     assert not left, "a process waits for one that is dead"
     again = Two(repository, config, folder, restarts=1)
     assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
-    assert_same(read_checkpoint(folder), read_checkpoint(unharmed))
-    assert read_metrics(folder) == read_metrics(unharmed)
+    assert_same_but_for_rounding(folder, unharmed)
 
 
 @pytest.mark.slow
@@ -222,5 +236,4 @@ def test_two_of_which_one_is_told_to_stop_save_and_go_on(whole_two, repository, 
     assert 0 < read_checkpoint(folder)["progress"]["rollouts"] < 8
     again = Two(repository, config, folder, restarts=1)
     assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
-    assert_same(read_checkpoint(folder), read_checkpoint(unharmed))
-    assert read_metrics(folder) == read_metrics(unharmed)
+    assert_same_but_for_rounding(folder, unharmed)
