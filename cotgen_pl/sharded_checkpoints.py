@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 
-from cotgen_pl.files import write_whole
+from cotgen_pl.files import write_digests, write_whole
 
 META = "meta.pt"
 IN_PARTS = ("state_dict", "optimizer_states", "reference")
@@ -52,6 +52,7 @@ def save_parts(checkpoint: dict[str, Any], folder: Path) -> None:
     writer = HuggingFaceStorageWriter(str(tensors), save_distributed=True)
     distributed_checkpoint.save(parts, storage_writer=writer)
     if get_rank() == 0:
+        write_digests(tensors)
         content = {"checkpoint": rest, "tensors": tensors.name}
         write_whole(tensors.parent / META, lambda part: torch.save(content, part))
         if tensors.parent != folder:

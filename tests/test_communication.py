@@ -23,7 +23,7 @@ POLICY = PlannedPolicy(SIZES)  # bf16-mixed: 1,233,225,728 parameters of layers,
 
 def work(processes: int, **changes) -> PlannedWork:
     """Eight images on each process in micro-batches of 4, with a reference."""
-    settings = {"drawn": 8, "learnt": 8, "micro_batch": 4, "guided": True, "replays": 1}
+    settings = {"drawn": 8, "draws": 1, "learnt": 8, "micro_batch": 4, "guided": True, "replays": 1}
     settings |= {"logprobs": "conditional", "twin": True, "processes": processes} | changes
     return PlannedWork(optimizer=OptimizerMemory(8.0, 4.0), **settings)
 

@@ -44,6 +44,7 @@ HOSTS = {
 ENVIRONMENT = {
     "cotgen_pl.callbacks.preemption",
     "cotgen_pl.rewards.remote",
+    "cotgen_pl.study.launch",  # hands it on to the runs that it starts
     "tools.fetch",
     "tools.main",
 }
