@@ -233,7 +233,7 @@ def test_two_of_which_one_is_told_to_stop_save_and_go_on(whole_two, repository, 
     psutil.wait_procs(ranks, LONGEST_S)
     assert run.wait() != 0
     assert "stopped as asked; go on with --ckpt_path last" in run.output.read_text()
-    assert 0 < read_checkpoint(folder)["progress"]["rollouts"] < 8
+    assert read_checkpoint(folder)["progress"]["rollouts"] < 8
     again = Two(repository, config, folder, restarts=1)
     assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
     assert_same_but_for_rounding(folder, unharmed)

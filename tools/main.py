@@ -33,7 +33,7 @@ from cotgen_pl.callbacks.export import HuggingFaceExport
 from cotgen_pl.callbacks.final_checkpoint import FinalCheckpoint, StartCheckpoint
 from cotgen_pl.callbacks.guards import Guards
 from cotgen_pl.callbacks.metrics import MetricsFile
-from cotgen_pl.callbacks.preemption import Preemption
+from cotgen_pl.callbacks.preemption import Preemption, StopSignals
 from cotgen_pl.callbacks.watchdog import Watchdog
 from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
@@ -178,13 +178,14 @@ class CommandLine(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 # Lightning would put them into the folder of the first logger.
                 callback.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        own: list[Callback] = [StartCheckpoint()]
+        signals = StopSignals()
+        own: list[Callback] = [StartCheckpoint(), signals]
         if not any(isinstance(callback, Guards) for callback in trainer.callbacks):
             own.append(Guards())
         if trainer.world_size > 1 and not any(isinstance(c, Watchdog) for c in trainer.callbacks):
             own.append(Watchdog())
-        callbacks = [*own, *trainer.callbacks, FinalCheckpoint(), Preemption()]
-        first = (StartCheckpoint, Guards, Watchdog, Timer, SaveRunConfig)
+        callbacks = [*own, *trainer.callbacks, FinalCheckpoint(), Preemption(signals)]
+        first = (StartCheckpoint, StopSignals, Guards, Watchdog, Timer, SaveRunConfig)
         trainer.callbacks = sorted(callbacks, key=lambda callback: not isinstance(callback, first))
         return trainer
 

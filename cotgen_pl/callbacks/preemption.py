@@ -22,33 +22,50 @@ from cotgen_pl.modules.base import PolicyModule
 WARNING = signal.SIGUSR1  # that a job's time is nearly up: `#SBATCH --signal=USR1@600`
 
 
-class Preemption(Callback):
-    """Ends a run at the next update's end after SIGTERM, with `last.ckpt` of that update.
+class StopSignals(Callback):
+    """Notes that the run is told to stop: by SIGTERM, and under SLURM by SIGUSR1.
 
-    Under SLURM also after SIGUSR1, and the job is put back into the queue. Every process may get
-    the signal, or one of them. While pairs are drawn, or the start is scored, all is on the disk
-    already: the run ends with the batch of pictures that is being drawn. The last update ends the
-    run anyway. Name it behind all callbacks that save.
+    Every process may get the signal, or one of them. Name it before callbacks that work at the
+    start of training: until then, Lightning's own handlers are there.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         """Number of the signal that came."""
-        self._in_update = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the place of Lightning's handlers, which it takes away itself when the run ends."""
-        assert isinstance(pl_module, PolicyModule)
         numbers = [signal.SIGTERM, *([WARNING] if "SLURM_JOB_ID" in os.environ else [])]
         for number in numbers:
-            signal.signal(number, self._note)
-        pl_module.before_drawing.append(self._stop_between_updates)
+            signal.signal(number, self.note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         self.received = number
 
+
+class Preemption(Callback):
+    """Ends a run that is told to stop at the update's end, with `last.ckpt` of that update.
+
+    After SIGUSR1 under SLURM, the job is put back into the queue. While pairs are drawn, or the
+    start is scored, all is on the disk already: the run ends with the batch of pictures that is
+    being drawn. The last update ends the run anyway. Name it behind all callbacks that save.
+
+    Args:
+        signals: Notes them.
+    """
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+        self._in_update = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at what came before pictures are drawn."""
+        assert isinstance(pl_module, PolicyModule)
+        pl_module.before_drawing.append(self._stop_between_updates)
+
     def _stop_between_updates(self, stream: str) -> None:
-        if self.received and not self._in_update and stream != "rollout":
+        if self.signals.received and not self._in_update and stream != "rollout":
             raise SIGTERMException
 
     def on_train_batch_start(
@@ -67,7 +84,9 @@ class Preemption(Callback):
     ) -> None:
         """Save, if any process was told to stop, and have Lightning end all once it has logged."""
         self._in_update = False
-        told = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        told = trainer.strategy.reduce_boolean_decision(
+            self.signals.received is not None, all=False
+        )
         if told and not training_ends(trainer):
             save_last(trainer)
             trainer._signal_connector.received_sigterm = True  # it has no public way to ask for it
@@ -76,7 +95,7 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Put a SLURM job whose time is up back into the queue."""
-        asked = isinstance(exception, SIGTERMException) and self.received == WARNING
+        asked = isinstance(exception, SIGTERMException) and self.signals.received == WARNING
         if asked and trainer.is_global_zero:
             _requeue()
 

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from cotgen_pl.callbacks.preemption import Preemption
+from cotgen_pl.callbacks.preemption import StopSignals
 from tests.test_command_line import (
     assert_same,
     fit,
@@ -29,7 +29,7 @@ class SignalAt(Callback):
     def __init__(self, rollout: int = 0, stream: str = "", number: int = 15) -> None:
         self.rollout, self.stream, self.number = rollout, stream, number
 
-    def on_train_start(self, trainer, pl_module):
+    def setup(self, trainer, pl_module, stage):
         if self.stream:
             pl_module.before_drawing.insert(0, self.send)
 
@@ -145,7 +145,18 @@ def test_pairs_that_are_being_drawn_are_not_waited_for(tiny_janus, tmp_path):
     assert_same(read_checkpoint(folder), read_checkpoint(whole))
 
 
+def test_a_run_whose_start_is_scored_is_not_waited_for(run, tmp_path):
+    """Lightning's own handler would have processes broadcast there, at places of their own."""
+    settings, whole = run
+    folder = tmp_path / "run"
+    with pytest.raises(SIGTERMException):
+        fit(told_at(settings, stream="evaluation"), folder)
+    assert read_checkpoint(folder)["progress"]["rollouts"] == 0
+    fit(settings, folder, "--ckpt_path", "last")
+    assert_same(read_checkpoint(folder), read_checkpoint(whole))
+
+
 def test_handlers_only_note_a_signal():
-    preemption = Preemption()
-    preemption._note(signal.SIGTERM, None)
-    assert preemption.received == signal.SIGTERM
+    signals = StopSignals()
+    signals.note(signal.SIGTERM, None)
+    assert signals.received == signal.SIGTERM
