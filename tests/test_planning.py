@@ -128,11 +128,11 @@ def test_parts_by_hand():
     for gather, at_once in (("rollout", 2000), ("step", 2000)):
         work = small_work(processes=4, gather=gather, evaluated=6)
         planned = memory(policy, work)
-        quarter = (4000 + 4000 + 8000 + 4000) / 4
+        quarter, gradients = (4000 + 8000 + 4000) / 4, 4000 / 4
         base = quarter + policy.frozen_weights + policy.cache(6, True) + at_once
         sums = {phase: sum(parts.values()) for phase, parts in planned.items()}
         assert planned.keys() == whole.keys()
-        assert sums["optimizer step"] == base + 4000 / 4
+        assert sums["optimizer step"] == base + gradients + 4000 / 4
         assert sums["rollout"] == base + policy.decoding(6)
         assert sums["evaluation"] == base + 4000 / 4 + policy.decoding(6)
         assert planned["update"].get("whole gradients", 0) == 4000 * (gather == "rollout")

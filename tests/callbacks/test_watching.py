@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -207,6 +207,7 @@ def test_processes_judge_their_shares_of_a_suite(module, tmp_path, processes):
             module.own_random_state,
         )
         one.sum_over_processes = lambda values: values
+        one.gathered = nullcontext
         return judge_suite(one, suite, read_suite(suite), {OWN: Brightness()}, 2, 2)
 
     whole, parts = judge(0, 1), [judge(rank, processes) for rank in range(processes)]
