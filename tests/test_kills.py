@@ -109,6 +109,7 @@ def test_a_run_killed_in_a_stage_goes_on_bit_for_bit(whole, again, tmp_path, sta
     assert_same_run(folder, unharmed)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS // 2))
 def test_one_process_killed_at_a_random_moment_goes_on_bit_for_bit(whole, again, tmp_path, number):
@@ -195,6 +196,7 @@ def assert_same_but_for_rounding(folder: Path, unharmed: Path) -> None:
             assert value == other, (step, metric)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS // 2))
 def test_one_or_both_of_two_killed_at_a_random_moment_go_on_bit_for_bit(

@@ -42,6 +42,7 @@ IN_BFLOAT16 = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_weights_in_bfloat16_learn_what_float32_ones_learn(repository, tmp_path):
     changes = SHORT + IN_BFLOAT16

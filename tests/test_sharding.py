@@ -253,6 +253,7 @@ def test_bfloat16_gathers_what_autocast_computes_with(repository, tiny_janus, tm
             assert (own - expected).norm() <= 0.02 * expected.norm(), name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_gathering_once_is_three_times_as_fast_as_for_each_token(repository, tmp_path):
     """Two images of 36 tokens on each process, 8 layers, 512 wide; the second rollouts count."""

@@ -154,6 +154,7 @@ def test_a_study_runs_is_skipped_when_finished_and_refuses_other_settings(
         run_study([str(write_study(tmp_path, **{"model.init_args.guidance": 1.5}))])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_killed_study_ends_as_an_undisturbed_one(workplace, tmp_path):
     """Killed while its first run trains, which ends with it."""
