@@ -24,13 +24,14 @@ import torch
 from transformers import JanusConfig
 
 from cotgen_pl.checkpoints import expand_home, read_config
-from cotgen_pl.communication import ddp_bytes, format_communication, sharded_bytes
-from cotgen_pl.footprint import PROMPT_TOKENS, PlannedPolicy, PolicySizes, read_sizes
 from cotgen_pl.interfaces import check_positive, check_share
 from cotgen_pl.modules.dpo import DPOModule
 from cotgen_pl.modules.grpo import GRPOModule
 from cotgen_pl.modules.micro_batches import total_memory
-from cotgen_pl.planning import (
+from cotgen_pl.planning.communication import ddp_bytes, format_communication, sharded_bytes
+from cotgen_pl.planning.footprint import PROMPT_TOKENS, PlannedPolicy, PolicySizes, read_sizes
+from cotgen_pl.planning.savings import format_savings
+from cotgen_pl.planning.work import (
     CPU_SHARE,
     GPU_SHARE,
     Memory,
@@ -48,7 +49,6 @@ from cotgen_pl.planning import (
 )
 from cotgen_pl.policies.janus import EXAMPLE, JanusPolicy
 from cotgen_pl.rewards.base import ModelReward
-from cotgen_pl.savings import format_savings
 
 if __package__:  # as a module of tools/
     from tools.main import CommandLine, main, run_command

@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from cotgen_pl.footprint import PROMPT_TOKENS
 from cotgen_pl.interfaces import check_positive
-from cotgen_pl.planning import Speed, seconds
+from cotgen_pl.planning.footprint import PROMPT_TOKENS
+from cotgen_pl.planning.work import Speed, seconds
 from cotgen_pl.study.checks import check_study, images_of
 from cotgen_pl.study.choice import choose_settings, format_choice
 from cotgen_pl.study.claims import Claim, judge, read_claims

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cotgen_pl.checkpoints import hash_weights
-from cotgen_pl.footprint import PlannedPolicy
 from cotgen_pl.interfaces import (
     Policy,
     PreferencePair,
@@ -31,7 +30,8 @@ from cotgen_pl.metrics import merge_metrics
 from cotgen_pl.modules.micro_batches import MicroBatchModule, MicroBatchSize
 from cotgen_pl.modules.offline import OfflineModule
 from cotgen_pl.pair_sets import PairSet, load_reference, save_reference, tokens_hash
-from cotgen_pl.planning import PlannedWork, dpo_work
+from cotgen_pl.planning.footprint import PlannedPolicy
+from cotgen_pl.planning.work import PlannedWork, dpo_work
 from cotgen_pl.sampling import LogprobMode, forced_logits
 
 ReferenceLogps = Literal["stored", "live"]

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from cotgen_pl.footprint import PlannedPolicy
 from cotgen_pl.interfaces import (
     Policy,
     Prompt,
@@ -39,7 +38,8 @@ from cotgen_pl.losses import (
 from cotgen_pl.metrics import merge_metrics, parity_metrics, peak_memory_gb, reward_metrics
 from cotgen_pl.modules.grpo_settings import check_losses, check_sizes, check_weights
 from cotgen_pl.modules.micro_batches import MicroBatchModule, MicroBatchSize
-from cotgen_pl.planning import PlannedWork, grpo_work
+from cotgen_pl.planning.footprint import PlannedPolicy
+from cotgen_pl.planning.work import PlannedWork, grpo_work
 from cotgen_pl.sampling import LogprobMode, forced_logits
 from cotgen_pl.scoring import ask
 

@@ -1,6 +1,6 @@
 """`micro_batch_size: auto`, and the refusal of a run that its GPU has no room for.
 
-What modules that learn in micro-batches share; the formulas are `cotgen_pl.planning`'s.
+What modules that learn in micro-batches share; the formulas are `cotgen_pl.planning.work`'s.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cotgen_pl.footprint import PlannedPolicy, read_sizes
 from cotgen_pl.interfaces import Reward, check_positive, freeze
 from cotgen_pl.modules.base import PolicyModule
-from cotgen_pl.planning import (
+from cotgen_pl.planning.footprint import PlannedPolicy, read_sizes
+from cotgen_pl.planning.work import (
     CPU_SHARE,
     GPU_SHARE,
     PlannedWork,

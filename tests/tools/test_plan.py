@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cotgen_pl.footprint import read_sizes
-from cotgen_pl.planning import OptimizerMemory
+from cotgen_pl.planning.footprint import read_sizes
+from cotgen_pl.planning.work import OptimizerMemory
 from tools.plan import GPUS, KNOWN_SIZES, file_bytes, plan, policy_sizes
 
 FLOAT32 = [

@@ -1,7 +1,7 @@
 """What a Janus of given sizes takes of memory and work: no weights, no device, formulas alone.
 
 Letters as in `cotgen_pl.interfaces`; besides: N layers, h hidden width, m width of the MLP, L
-positions that a pass reads (prompt and picture). Apart from `cotgen_pl.planning`, which puts
+positions that a pass reads (prompt and picture). Apart from `cotgen_pl.planning.work`, which puts
 together what a training step asks of it.
 """
 
@@ -20,7 +20,7 @@ QUANTIZED_BYTES = {"4bit": 0.5625, "8bit": 1.0}
 PIXELS_PER_DECODE = 4_000_000  # as in cotgen_pl.policies.janus
 NUMBERS_AT_ONCE = 1 << 22  # as in cotgen_pl.losses.logprobs
 # Feature maps of the picture decoder's widest layer that live at once: counted on the CPU at
-# Janus-Pro's widths (tests/test_planning.py). A GPU's convolutions may want room of their own.
+# Janus-Pro's widths (tests/planning/test_work.py). A GPU's convolutions may want room of their own.
 MAPS_PER_DECODE = 4.2
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from cotgen_pl.footprint import PlannedPolicy
+from cotgen_pl.planning.footprint import PlannedPolicy
 from cotgen_pl.sampling import LogprobMode
 
 OPTIMIZER_TRIAL = 1 << 16  # parameters: enough for 8-bit optimizers, which leave small ones alone

@@ -8,14 +8,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cotgen_pl import footprint
 from cotgen_pl.data.prompts import PromptData
-from cotgen_pl.footprint import MAPS_PER_DECODE, PlannedPolicy, PolicySizes, read_sizes
 from cotgen_pl.interfaces import Policy
 from cotgen_pl.losses import logprobs, token_statistics
 from cotgen_pl.modules import micro_batches
 from cotgen_pl.modules.micro_batches import held_bytes, total_memory
-from cotgen_pl.planning import (
+from cotgen_pl.planning import footprint
+from cotgen_pl.planning.footprint import MAPS_PER_DECODE, PlannedPolicy, PolicySizes, read_sizes
+from cotgen_pl.planning.work import (
     OptimizerMemory,
     PlannedWork,
     Speed,
@@ -399,7 +399,7 @@ def room_for(folder, images: int, monkeypatch) -> None:
 
 def test_auto_is_found_once_and_kept_by_a_resumed_run(tiny_janus, tmp_path, monkeypatch, capsys):
     room_for(tiny_janus, 3, monkeypatch)
-    monkeypatch.setattr("cotgen_pl.footprint.PIXELS_PER_DECODE", 1)
+    monkeypatch.setattr("cotgen_pl.planning.footprint.PIXELS_PER_DECODE", 1)
     data = PromptData([write_prompts(tmp_path)])
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     module = make_grpo(tiny_janus, micro_batch_size="auto", images_budget=16)

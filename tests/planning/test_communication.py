@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cotgen_pl.communication import (
+from cotgen_pl.planning.communication import (
     LINK_SHARE,
     LINKS,
     communication_seconds,
@@ -13,8 +13,8 @@ from cotgen_pl.communication import (
     link,
     sharded_bytes,
 )
-from cotgen_pl.footprint import PlannedPolicy
-from cotgen_pl.planning import OptimizerMemory, PlannedWork
+from cotgen_pl.planning.footprint import PlannedPolicy
+from cotgen_pl.planning.work import OptimizerMemory, PlannedWork
 from tools.plan import KNOWN_SIZES, plan
 
 SIZES = KNOWN_SIZES["deepseek-community/Janus-Pro-1B"]

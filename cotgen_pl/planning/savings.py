@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cotgen_pl.footprint import PlannedPolicy
-from cotgen_pl.planning import OptimizerMemory, PlannedWork, memory, peak
+from cotgen_pl.planning.footprint import PlannedPolicy
+from cotgen_pl.planning.work import OptimizerMemory, PlannedWork, memory, peak
 
 Change = tuple[str, PlannedPolicy, PlannedWork]
 EIGHT_BITS = OptimizerMemory(2.062, 0.0)  # AdamW8bit of bitsandbytes, by `try_optimizer`

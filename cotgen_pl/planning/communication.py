@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from cotgen_pl.footprint import PlannedPolicy
-from cotgen_pl.planning import PlannedWork
+from cotgen_pl.planning.footprint import PlannedPolicy
+from cotgen_pl.planning.work import PlannedWork
 
 GPUS_PER_NODE = 8
 # Bytes per second that a GPU sends, by data sheet: half of NVLink's 900e9 for both directions (H100
