@@ -65,12 +65,17 @@ def check_rounding(policy: Policy, make_optimizer: Callable[[list[nn.Parameter]]
 
 
 def add_adapters(model: nn.Module, settings: LoraSettings, targets: str) -> Any:
-    """Wrap a model into peft's, with adapters on the linear layers whose full name matches."""
+    """Wrap a model into peft's, with adapters on the linear layers whose full name matches.
+
+    They begin by the seed that torch was given last, whatever has been drawn since.
+    """
     from peft import LoraConfig, get_peft_model
 
     _keep_differentiable(model)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
-    return get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed())
+        return get_peft_model(model, config)
 
 
 def _keep_differentiable(model: nn.Module) -> None:

@@ -50,3 +50,14 @@ def test_sampling_leaves_four_bit_weights_in_the_form_that_trains(folder):
     assert all(
         torch.equal(layer.weight.data, weight) for layer, weight in zip(layers, before, strict=True)
     )
+
+
+def test_adapters_begin_by_the_seed_whatever_was_drawn_since(folder):
+    starts = []
+    for drawn in (0, 3):
+        torch.manual_seed(5)
+        torch.rand(drawn)
+        policy = make_policy(folder, lora=LoraSettings(rank=2)).load()
+        starts.append([p.detach().clone() for p in policy.parameters() if p.requires_grad])
+    assert any(start.any() for start in starts[0])
+    assert all(torch.equal(one, other) for one, other in zip(*starts, strict=True))

@@ -1,5 +1,6 @@
 """What several tests train with: simple rewards, a logger in memory, a trainer for the CPU."""
 
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,10 @@ def make_trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Traine
 
 
 def write_prompts(folder: Path, texts: tuple[str, ...] = TEXTS) -> PromptFile:
-    path = folder / "prompts.txt"
-    path.write_text("\n".join(texts) + "\n")
+    """Write them whole: two processes may do so while a third reads."""
+    path, part = folder / "prompts.txt", folder / f"prompts.{os.getpid()}"
+    part.write_text("\n".join(texts) + "\n")
+    part.replace(path)
     return PromptFile(str(path), "text")
 
 
