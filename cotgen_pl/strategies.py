@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed import destroy_process_group, is_available, is_initialized
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -18,6 +19,16 @@ from cotgen_pl.interfaces import check_choice
 from cotgen_pl.sharded_checkpoints import load_parts, save_parts, split_whole
 
 Gather = Literal["rollout", "step"]
+
+
+def leave_group() -> None:
+    """Let go of the other processes, at the end of a program.
+
+    The threads that talk to them end with it: one that still runs while Python ends, as gloo's may,
+    aborts the process, and its launcher takes a run that is done for one that failed.
+    """
+    if is_available() and is_initialized():
+        destroy_process_group()
 
 
 class ShardedStrategy(ModelParallelStrategy):

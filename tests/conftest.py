@@ -23,7 +23,11 @@ def repository() -> Path:
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
-    """Every test starts from the same random states, whatever ran before it."""
+    """Every test starts from the same random states, whatever ran before it.
+
+    Lightning's seed of an earlier command line would be that of all processes started later.
+    """
+    os.environ.pop("PL_GLOBAL_SEED", None)
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)

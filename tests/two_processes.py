@@ -26,7 +26,7 @@ from cotgen_pl.data.prompts import PromptData
 from cotgen_pl.modules.dpo import DPOModule
 from cotgen_pl.run_checkpoints import WholeCheckpoints
 from cotgen_pl.sharding import whole
-from cotgen_pl.strategies import ShardedStrategy
+from cotgen_pl.strategies import ShardedStrategy, leave_group
 from tests.toys import make_dpo, make_grpo, make_policy, make_trainer, write_prompts
 
 PER_UPDATE, MOST_UPDATES = 8, 10
@@ -145,6 +145,7 @@ def main(plan: str, results: str) -> None:
         found = learn(**arguments)
         rank = torch.distributed.get_rank()
         torch.save(found, Path(results) / f"{number}-{rank}.pt")
+    leave_group()
 
 
 if __name__ == "__main__":

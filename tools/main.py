@@ -39,6 +39,7 @@ from cotgen_pl.files import write_whole
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.origin import find_commit
 from cotgen_pl.run_checkpoints import WholeCheckpoints, check_whole, is_on_disk, newest_good
+from cotgen_pl.strategies import leave_group
 
 # Lightning's advice on choices that are made on purpose here.
 EXPECTED = (
@@ -269,7 +270,7 @@ def main(args: ArgsType = None, command_line: type[CommandLine] = CommandLine) -
     """Run a command line; `args` stand in for those of the process."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
-    return command_line(
+    done = command_line(
         PolicyModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -279,6 +280,8 @@ def main(args: ArgsType = None, command_line: type[CommandLine] = CommandLine) -
         trainer_defaults={"max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1},
         args=args,
     )
+    leave_group()
+    return done
 
 
 def find_mistake(error: Exception) -> str | None:
