@@ -9,6 +9,7 @@ as `ORMReward` asks.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from cotgen_pl.shapes.scorer_training import (
 WIDTH = 64  # of both towers
 IMAGE, VIDEO = "<image>", "<video>"
 ANSWERS = ("yes", "no")
+LossOf = Callable[[Tensor], Tensor]  # of the questions with these numbers, [N] int64
 PLACES = GRID**2 + 1  # of a picture among the words: its cells, and LLaVA-OneVision's line break
 
 
@@ -251,21 +253,35 @@ def train_judge(
     pairs, votes = vote_on(BREADTHS["broad"], pairs_in_domain, pairs_wide, seed)
     judge = build_judge(policy_tokenizer, question, seed)
     prompts, pictures = draw_both_domains(BREADTHS["broad"], training.num_renderings, seed)
-    _learn_to_name(judge, prompts, pictures[:, :1], training, seed, report)
-    _learn_renderings(judge, prompts, pictures, training, seed, report)
-    _learn_preferences(judge, pairs, votes, training, seed, report)
+    naming = _loss_of_naming(judge, prompts, pictures[:, :1])
+    renderings = _loss_of_renderings(judge, prompts, pictures, seed)
+    preferences = _loss_of_preferences(judge, pairs, votes)
+    how = training
+    for name, loss_of, number, epochs, rate in (
+        ("naming", naming, len(prompts), how.naming_epochs, how.naming_rate),
+        ("renderings", renderings, len(prompts), how.rendering_epochs, how.rendering_rate),
+        ("preference", preferences, len(pairs), how.preference_epochs, how.preference_rate),
+    ):
+        say = functools.partial(_report_stage, report, name)
+        fit(
+            judge.model,
+            loss_of,
+            number,
+            epochs=epochs,
+            rate=rate,
+            training=training,
+            seed=seed,
+            report=say,
+        )
     judge.model.eval()
     return judge
 
 
-def _learn_to_name(
-    judge: LanguageJudge,
-    prompts: Sequence[Prompt],
-    pictures: Tensor,
-    training: JudgeTraining,
-    seed: int,
-    report: Callable[[str], None],
-) -> None:
+def _report_stage(report: Callable[[str], None], name: str, line: str) -> None:
+    report(f"{name} {line}")
+
+
+def _loss_of_naming(judge: LanguageJudge, prompts: Sequence[Prompt], pictures: Tensor) -> LossOf:
     asked = judge.tokenize(prompts)
 
     def loss_of(chosen: Tensor) -> Tensor:
@@ -273,26 +289,12 @@ def _learn_to_name(
         states = judge.read(tokens, mask, pictures[chosen])
         return naming_loss(judge.words, states[:, 0], tokens, judge.named(tokens))
 
-    fit(
-        judge.model,
-        loss_of,
-        len(prompts),
-        epochs=training.naming_epochs,
-        rate=training.naming_rate,
-        training=training,
-        seed=seed,
-        report=lambda line: report(f"naming {line}"),
-    )
+    return loss_of
 
 
-def _learn_renderings(
-    judge: LanguageJudge,
-    prompts: Sequence[Prompt],
-    pictures: Tensor,
-    training: JudgeTraining,
-    seed: int,
-    report: Callable[[str], None],
-) -> None:
+def _loss_of_renderings(
+    judge: LanguageJudge, prompts: Sequence[Prompt], pictures: Tensor, seed: int
+) -> LossOf:
     asked, generator = judge.tokenize(prompts), torch.Generator().manual_seed(seed)
 
     def loss_of(chosen: Tensor) -> Tensor:
@@ -302,42 +304,17 @@ def _learn_renderings(
         loss = yes_no_loss(judge.margins(states), right)
         return loss + naming_loss(judge.words, states[:, 0], tokens, judge.named(tokens))
 
-    fit(
-        judge.model,
-        loss_of,
-        len(prompts),
-        epochs=training.rendering_epochs,
-        rate=training.rendering_rate,
-        training=training,
-        seed=seed,
-        report=lambda line: report(f"renderings {line}"),
-    )
+    return loss_of
 
 
-def _learn_preferences(
-    judge: LanguageJudge,
-    pairs: Pairs,
-    votes: Tensor,
-    training: JudgeTraining,
-    seed: int,
-    report: Callable[[str], None],
-) -> None:
+def _loss_of_preferences(judge: LanguageJudge, pairs: Pairs, votes: Tensor) -> LossOf:
     asked = judge.tokenize(pairs.prompts)
 
     def loss_of(chosen: Tensor) -> Tensor:
         states = judge.read(*_unpadded(asked, chosen), pairs.pictures[chosen])
         return yes_no_loss(judge.margins(states), votes[chosen])
 
-    fit(
-        judge.model,
-        loss_of,
-        len(pairs),
-        epochs=training.preference_epochs,
-        rate=training.preference_rate,
-        training=training,
-        seed=seed,
-        report=lambda line: report(f"preference {line}"),
-    )
+    return loss_of
 
 
 def _unpadded(asked: Any, chosen: Tensor) -> tuple[Tensor, Tensor]:

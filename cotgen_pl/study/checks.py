@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cotgen_pl.study.claims import Claim
-from cotgen_pl.study.definition import Cell, Group, Study
+from cotgen_pl.study.definition import BASE, Cell, Group, Study
 
+TESTS_OF_CHOICES = ("order", "correlation")  # they need what rewards say of the base's pictures
 SEEDS_OF_A_DEVIATION = 2  # the sample deviation of one number is not defined
 
 Settings = Mapping[str, Any]
@@ -37,6 +38,8 @@ def check_study(
         if claim.group in study.groups:
             group = study.groups[claim.group]
             claim.check(group)
+            if claim.test in TESTS_OF_CHOICES:
+                check_watched(study, group, settings[BASE], f"the test of claim {claim.name}")
             if deviates:
                 check_seeds(group, claim.least_seeds, f"the test of claim {claim.name}")
 
@@ -63,6 +66,19 @@ def check_seeds(group: Group, wanted: int, purpose: str) -> None:
         raise ValueError(
             f"group {group.name}: expected {wanted} seeds or more for {purpose}, got "
             f"{list(few[0].seeds)} for {dict(few[0].labels)}; name more seeds, or leave it out"
+        )
+
+
+def check_watched(study: Study, group: Group, base: Settings, purpose: str) -> None:
+    """Every reward of a group looks at the base's pictures."""
+    callbacks = base["trainer"]["callbacks"] or []
+    watched = [name for c in callbacks for name in c["init_args"].get("watched") or ()]
+    absent = set(group.axes.get("reward", ())) - {study.judge, *watched}
+    if absent:
+        raise ValueError(
+            f"group {group.name}: expected each reward among the base's watched ones "
+            f"({sorted(watched)}) or the judge ({study.judge}) for {purpose}, got {sorted(absent)} "
+            "beside them; add it to `watched` in the base's overrides"
         )
 
 

@@ -23,13 +23,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from cotgen_pl.best_of_n import best_of_n_curve
 from cotgen_pl.interfaces import check_choice
 from cotgen_pl.study.definition import Cell, Group, read_yaml
 from cotgen_pl.study.folders import Record, Records, SuiteVerdicts
+from cotgen_pl.study.rows import best_suite, choosing_scores
 from cotgen_pl.study.statistics import (
     Finding,
     Interval,
@@ -174,16 +173,11 @@ def trained_score(suite: SuiteVerdicts) -> Numbers:
     return suite.prompt_means()
 
 
-def best_of_score(reward: str, n: int) -> Score:
-    """What the suite's own score says of the best of n pictures by a watched reward.
-
-    The reward that a suite does not watch is its own scorer: the exact judge chooses by itself.
-    """
+def best_of_score(reward: str, judge: str | None, n: int) -> Score:
+    """What a suite's own scorer says of the best of n pictures by a reward; see `best_suite`."""
 
     def score(suite: SuiteVerdicts) -> Numbers:
-        chosen_by = suite.watched.get(reward, suite.graded)
-        curve = best_of_n_curve(torch.from_numpy(suite.graded), torch.from_numpy(chosen_by))
-        return curve[:, n - 1].numpy()
+        return best_suite(suite, choosing_scores(suite, reward, judge), n).graded[:, 0]
 
     return score
 
@@ -286,7 +280,7 @@ def _steps(claim: Claim, records: Records, group: Group) -> dict[str, list[tuple
     steps = {}
     for first, second in pairs:
         reward = first.labels["reward"]
-        best = _base(records, best_of_score(reward, claim.best_of))
+        best = _base(records, best_of_score(reward, records.study.judge, claim.best_of))
         steps[f"{reward}: best of {claim.best_of} less first"] = [(best, _arm(records, first))]
         steps[f"{reward}: first less second"] = [(_arm(records, first), _arm(records, second))]
     return steps
@@ -299,7 +293,10 @@ def _correlation(claim: Claim, records: Records, group: Group) -> tuple[Statisti
     base = _base(records)
     cells = cells_of(group, claim.of)
     arms = [_arm(records, cell) for cell in cells]
-    best = [_base(records, best_of_score(c.labels[claim.over], claim.best_of)) for c in cells]
+    scores = [
+        best_of_score(c.labels[claim.over], records.study.judge, claim.best_of) for c in cells
+    ]
+    best = [_base(records, score) for score in scores]
 
     def gain(arm: Arm, seeds: Sequence[int]) -> float:
         return _mean(arm, seeds, claim.domain) - _mean(base, seeds, claim.domain)

@@ -5,6 +5,7 @@ and `{folder}` in an override stands for the study's own folder:
 
     name, title, folder     what it is called, and where its runs lie
     base                    how the policy without training is scored: `config` and `overrides`
+    judge                   the level of the axis `reward` whose scores are the suites' own
     prompts                 prompt files made before the first run; see `cotgen_pl.study.prompts`
     groups                  by name, in the order in which they run: runs that are compared
     tables, figures         what the report shows, by name; each is of one group
@@ -114,6 +115,9 @@ class Study:
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     claims: str | None = None
+    judge: str | None = None
+    """The level of an axis `reward` whose scores are the suites' own; the base has all others
+    watched. Absent means that none is."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What is left of the file: `choose` of a study that tunes, `gpu` of one that is planned."""
 
@@ -143,7 +147,7 @@ def read_study(path: str | Path, quick: bool = False, only: Sequence[str] = ()) 
     """
     content = read_yaml(path)
     known = {"name", "title", "folder", BASE, "seeds", "prompts", "groups", "tables", "figures"}
-    known |= {"claims", "choose", "plan"}
+    known |= {"claims", "judge", "choose", "plan"}
     _check_names(content, known, {"name", "title", "folder", BASE, "seeds", "groups"}, str(path))
     folder, seeds = Path(content["folder"]), tuple(content["seeds"])
     kept = _keep_groups(content["groups"], quick, only)
@@ -162,6 +166,7 @@ def read_study(path: str | Path, quick: bool = False, only: Sequence[str] = ()) 
         tables=_of_groups(content.get("tables", {}), content["groups"], groups),
         figures=_of_groups(content.get("figures", {}), content["groups"], groups),
         claims=content.get("claims"),
+        judge=content.get("judge"),
         settings={name: content[name] for name in ("choose", "plan") if name in content},
     )
 

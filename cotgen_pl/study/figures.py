@@ -229,11 +229,9 @@ SHIFT = 0.06  # of the distance between two levels
 # Points -----------------------------------------------------------------------------------------
 
 
-def summary(
-    records: Records, group: Group, name: str, judge: str | None = None
-) -> list[Illustration]:
+def summary(records: Records, group: Group, name: str) -> list[Illustration]:
     """All in one picture: what each run gained in domain and out of domain."""
-    rows, bases = rows_of(records, group, judge), base_records(records, group)
+    rows, bases = rows_of(records, group), base_records(records, group)
     points = [(row, gain_of(row, bases, "id"), gain_of(row, bases, "ood")) for row in rows[1:]]
     labels = ("gain in domain", "gain out of domain")
     panel = _point_panel(name, "Who gains where", Styles(group), points, labels, diagonal=True)
@@ -245,12 +243,10 @@ def summary(
     return [Illustration(heading(group), caption, [panel])]
 
 
-def uplift(
-    records: Records, group: Group, name: str, judge: str | None = None
-) -> list[Illustration]:
+def uplift(records: Records, group: Group, name: str) -> list[Illustration]:
     """Whether a reward that chooses well out of domain also teaches well there."""
     other = axis_beside_reward(group)
-    rows, bases = rows_of(records, group, judge), base_records(records, group)
+    rows, bases = rows_of(records, group), base_records(records, group)
     chosen = {row.labels[REWARD]: gain_of(row, bases, "ood") for row in rows if row.kind == "best"}
     panels = []
     for level in group.axes[other]:
@@ -299,11 +295,9 @@ def _point_panel(
 # Choosing among more ----------------------------------------------------------------------------
 
 
-def best_of_n(
-    records: Records, group: Group, name: str, judge: str | None = None
-) -> list[Illustration]:
+def best_of_n(records: Records, group: Group, name: str) -> list[Illustration]:
     """How each reward's choice among n of the base's pictures does, as n grows."""
-    bases = base_records(records, group)
+    bases, judge = base_records(records, group), records.study.judge
     panels = [_choice_panel(f"{name}-{domain}", bases, group, domain, judge) for domain in MEANS]
     caption = (
         "The judge's mean of the picture that a reward chooses among n of the base's, without any "

@@ -45,15 +45,9 @@ class Row:
         return ", ".join(label for label in self.labels.values() if label)
 
 
-def rows_of(records: Records, group: Group, judge: str | None = None) -> list[Row]:
-    """The base, the best of four by each reward, and each place of a group that has a record.
-
-    Args:
-        records: Of the study.
-        group: What is compared.
-        judge: The reward whose scores are the suites' own; absent means none is.
-    """
-    bases = base_records(records, group)
+def rows_of(records: Records, group: Group) -> list[Row]:
+    """The base, the best of four by each reward, and each place of a group that has a record."""
+    judge, bases = records.study.judge, base_records(records, group)
     rows = [Row("base", _labels(group, {next(iter(group.axes)): BASE}), bases)] if bases else []
     for reward in group.axes.get(REWARD, ()):
         chosen = {seed: best_record(record, reward, judge) for seed, record in bases.items()}

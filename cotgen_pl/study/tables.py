@@ -68,7 +68,6 @@ def suites(
     records: Records,
     group: Group,
     name: str,
-    judge: str | None = None,
     means: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     marks: Sequence[Mapping[str, Any]] = (),
 ) -> list[Table]:
@@ -78,12 +77,11 @@ def suites(
         records: Of the study.
         group: Its runs are rows, beside the base and the best of four by each reward.
         name: Of the tables' files; the suite's name follows.
-        judge: The reward whose scores are the suites' own.
         means: By suite, and by names of your own, categories whose mean has a column too.
         marks: Each with `labels`, `domain` and `note`: in that domain's tables, rows with these
             labels have a star, and the note stands below.
     """
-    rows = rows_of(records, group, judge)
+    rows = rows_of(records, group)
     tables = []
     for suite in suites_in(rows):
         own = [mark for mark in marks if mark["domain"] == suite.domain]
@@ -118,9 +116,9 @@ def _with_stars(table: Table, group: Group, marked: Sequence[Mapping[str, str]])
     return Table(table.name, table.title, table.columns, rows, table.num_labels, table.note)
 
 
-def domains(records: Records, group: Group, name: str, judge: str | None = None) -> list[Table]:
+def domains(records: Records, group: Group, name: str) -> list[Table]:
     """Means over the suites of each domain, with images and the divergence that they took."""
-    rows = rows_of(records, group, judge)
+    rows = rows_of(records, group)
     columns = [Column("images", attrgetter("costs.images"), ",.0f", compared=False)]
     for domain in dict.fromkeys(suite.domain for suite in suites_in(rows)):
         columns += [
@@ -200,14 +198,14 @@ def _gain_per_minute(records: Records, domain: str) -> Callable[[Record], float]
 # Rewards ----------------------------------------------------------------------------------------
 
 
-def rewards(records: Records, group: Group, name: str, judge: str | None = None) -> list[Table]:
+def rewards(records: Records, group: Group, name: str) -> list[Table]:
     """Of each reward, what it gains by choosing alone, and what training on it gains.
 
     Raises:
         ValueError: The group has other axes than `reward` and one more.
     """
     other = axis_beside_reward(group)
-    found = {(row.labels[REWARD], row.labels[other]): row for row in rows_of(records, group, judge)}
+    found = {(row.labels[REWARD], row.labels[other]): row for row in rows_of(records, group)}
     bases = base_records(records, group)
     ways = [(way, domain) for way in (BEST, *group.axes[other]) for domain in ("id", "ood")]
     lines: list[list[Content]] = []

@@ -31,6 +31,7 @@ def study_file(folder: Path, seeds=(0, 1), **changes) -> Path:
         "title": "A made-up study",
         "folder": str(folder),
         "base": {"config": "configs/base.yaml"},
+        "judge": "exact",
         "seeds": list(seeds),
         "groups": {
             "main": {
@@ -51,16 +52,16 @@ def study_file(folder: Path, seeds=(0, 1), **changes) -> Path:
             },
         },
         "tables": {
-            "results": {"group": "main", "kind": "suites", "judge": "exact"},
-            "by_reward": {"group": "main", "kind": "rewards", "judge": "exact"},
+            "results": {"group": "main", "kind": "suites"},
+            "by_reward": {"group": "main", "kind": "rewards"},
             "rounds": {"group": "rounds", "kind": "domains"},
             "costs": {"group": "main", "kind": "costs"},
         },
         "figures": {
-            "summary": {"group": "main", "kind": "summary", "judge": "exact"},
+            "summary": {"group": "main", "kind": "summary"},
             "curves": {"group": "main", "kind": "curves"},
-            "uplift": {"group": "main", "kind": "uplift", "judge": "exact"},
-            "best_of_n": {"group": "main", "kind": "best_of_n", "judge": "exact"},
+            "uplift": {"group": "main", "kind": "uplift"},
+            "best_of_n": {"group": "main", "kind": "best_of_n"},
             "rounds": {"group": "rounds", "kind": "levels", "axis": "rounds"},
             "algorithms": {"group": "main", "kind": "comparison", "labels": {"reward": "broad"}},
             "pictures": {"group": "main", "kind": "pictures"},

@@ -39,7 +39,7 @@ def records_of(levels, watched=None, seeds=SEEDS) -> Records:
     axes = {"algorithm": ("grpo", "dpo"), "reward": REWARDS}
     group = Group("main", "main", "controlled", "main", axes, cells)
     runs = {BASE: Run(BASE, "", {}, SEEDS)} | {c.run: Run(c.run, "", {}, SEEDS) for c in cells}
-    study = Study("s", "s", Path("s"), runs, {"main": group})
+    study = Study("s", "s", Path("s"), runs, {"main": group}, judge="exact")
     found = {(BASE, s): record_of(BASE, LEVELS["base"], s, watched) for s in SEEDS}
     for (algorithm, reward), level in levels.items():
         name = f"main/{algorithm}-{reward}"
@@ -74,9 +74,10 @@ def test_claims_are_not_tested_on_too_few_seeds():
 
 def test_best_of_n_is_the_expected_best_by_the_watched_reward():
     suite = suite_of(0.5, 0, {"broad": lambda graded: graded, "blind": np.zeros_like})
-    np.testing.assert_allclose(best_of_score("broad", 4)(suite), suite.graded.max(1))
-    np.testing.assert_allclose(best_of_score("blind", 4)(suite), suite.graded.mean(1))
-    np.testing.assert_allclose(best_of_score("exact", 4)(suite), suite.graded.max(1))
+    np.testing.assert_allclose(best_of_score("broad", "exact", 4)(suite), suite.graded.max(1))
+    np.testing.assert_allclose(best_of_score("blind", "exact", 4)(suite), suite.graded.mean(1))
+    np.testing.assert_allclose(best_of_score("exact", "exact", 4)(suite), suite.graded.max(1))
+    assert np.isnan(best_of_score("unwatched", "exact", 4)(suite)).all()
 
 
 def test_uplift_and_gain_are_correlated_over_scorers():

@@ -137,6 +137,19 @@ def test_a_claims_test_needs_its_seeds_and_places(tmp_path):
         check_study(study, settings_of(study), claims_of(tmp_path, of={"algorithm": "ppo"}))
 
 
+def test_a_claim_about_choosing_needs_rewards_that_look_at_the_base(tmp_path):
+    axes = {"algorithm": ALGORITHMS, "reward": {"exact": {}, "broad": {}}}
+    groups = {"other": {"title": "other", "axes": axes}}
+    study = read_study(study_of(tmp_path, groups=groups, tables={}, judge="exact"))
+    claims = claims_of(tmp_path, test="order")
+    settings = settings_of(study)
+    with pytest.raises(ValueError, match=r"each reward among .* got \['broad'\] beside them"):
+        check_study(study, settings, claims)
+    watching = CALLBACKS + [{"init_args": {"watched": {"broad": "b.yaml"}}}]
+    settings["base"]["trainer"]["callbacks"] = watching
+    check_study(study, settings, claims)
+
+
 def test_runs_that_cannot_go_on_are_refused(tmp_path):
     study = read_study(study_of(tmp_path))
     settings = settings_of(study)

@@ -72,20 +72,20 @@ def test_levels_have_a_panel_for_each_domain(records):
 
 
 def test_uplift_has_a_point_for_each_reward(records, main):
-    [shown] = figures.uplift(records, main, "uplift", judge="exact")
+    [shown] = figures.uplift(records, main, "uplift")
     assert [panel.name for panel in shown.panels] == ["uplift-dpo", "uplift-grpo"]
     assert "broad, dpo +0.100, -0.025" in shown.panels[0].alt
 
 
 def test_summary_has_runs_and_best_of_four(records, main):
-    [panel] = figures.summary(records, main, "summary", judge="exact")[0].panels
+    [panel] = figures.summary(records, main, "summary")[0].panels
     assert "exact, dpo +0.255, +0.005" in panel.alt
     assert "narrow, best of 4 +0.000, +0.000" in panel.alt
     assert "base" not in panel.alt
 
 
 def test_best_of_n_ends_at_all_pictures(records, main):
-    [shown] = figures.best_of_n(records, main, "best", judge="exact")
+    [shown] = figures.best_of_n(records, main, "best")
     assert "of 4 the choice by exact 0.600, narrow 0.500, broad 0.600" in shown.panels[0].alt
 
 

@@ -11,7 +11,7 @@ from cotgen_pl.study.rows import axis_beside_reward, best_suite, domain_score, r
 
 
 def test_rows_are_base_best_of_four_and_runs(records, main):
-    rows = rows_of(records, main, judge="exact")
+    rows = rows_of(records, main)
     assert [row.kind for row in rows] == ["base"] + 3 * ["best"] + 6 * ["trained"]
     assert rows[0].labels == {"reward": "base", "algorithm": ""}
     assert rows[1].labels == {"reward": "exact", "algorithm": "best of 4"}
@@ -20,13 +20,14 @@ def test_rows_are_base_best_of_four_and_runs(records, main):
 
 
 def test_best_of_four_is_as_good_as_the_reward_chooses(records, main):
-    rows = {row.labels["reward"]: row for row in rows_of(records, main, judge="exact")[1:4]}
+    rows = {row.labels["reward"]: row for row in rows_of(records, main)[1:4]}
     scores = {reward: domain_score(row.records[0], "id") for reward, row in rows.items()}
     assert scores == pytest.approx({"exact": 0.6, "broad": 0.6, "narrow": 0.5})
     assert suite_score(rows["broad"].records[0], "near", ["color"], "strict") == 1
 
 
 def test_reward_that_did_not_look_has_no_best_of_four(records, main):
+    records = replace(records, study=replace(records.study, judge=None))
     rows = rows_of(records, main)
     assert [row.labels["reward"] for row in rows if row.kind == "best"] == ["narrow", "broad"]
 
@@ -47,7 +48,7 @@ def test_scores_that_are_not_there_are_missing(records):
 
 def test_without_a_base_there_is_no_row_for_it(records, main):
     trained = {place: record for place, record in records.records.items() if place[0] != "base"}
-    rows = rows_of(Records(records.study, trained, ()), main, judge="exact")
+    rows = rows_of(Records(records.study, trained, ()), main)
     assert {row.kind for row in rows} == {"trained"}
 
 

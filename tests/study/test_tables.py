@@ -37,7 +37,7 @@ def test_gain_over_a_base_of_zero_has_no_percentage():
 
 
 def test_each_suite_has_a_table_with_all_categories(records, main):
-    near, far = suites(records, main, "results", judge="exact")
+    near, far = suites(records, main, "results")
     assert (near.name, far.name) == ("results-near", "results-far")
     assert "in domain" in near.title and "out of domain" in far.title
     labels = ["reward", "algorithm", "seeds", "mean", "strict mean"]
@@ -47,7 +47,7 @@ def test_each_suite_has_a_table_with_all_categories(records, main):
 
 
 def test_scores_have_gain_deviation_and_seeds(records, main):
-    near, _ = suites(records, main, "results", judge="exact")
+    near, _ = suites(records, main, "results")
     entry = entry_of(near, "shape", "exact", "dpo")
     assert entry.score.mean == pytest.approx(0.755)
     assert entry.score.deviation == pytest.approx(DEVIATION)
@@ -88,7 +88,7 @@ def test_domains_stand_beside_images_and_divergence(records):
 
 
 def test_rewards_stand_with_what_they_choose_and_teach(records, main):
-    [table] = rewards(records, main, "rewards", judge="exact")
+    [table] = rewards(records, main, "rewards")
     assert [row[0] for row in table.rows] == ["exact", "narrow", "broad"]
     assert entry_of(table, "best of 4, out of domain", "narrow").score.mean == pytest.approx(0)
     assert entry_of(table, "best of 4, out of domain", "broad").score.mean == pytest.approx(0.1)
