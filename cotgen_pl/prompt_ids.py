@@ -63,6 +63,14 @@ class PromptReader:
         """
         return [self.tokenizer.bos_token_id, *[self.pad] * (length - 2), self.begin_of_image]
 
+    def read_branches(
+        self, prompts: Sequence[str], unconditional: bool | Tensor
+    ) -> list[tuple[int, ...]]:
+        """The ids of each prompt, or of its unconditional row: all alike, or as [P] bool says."""
+        dropped = torch.as_tensor(unconditional).expand(len(prompts)).tolist()
+        rows = zip(self.read(prompts), dropped, strict=True)
+        return [tuple(self.unconditional(len(row)) if drop else row) for row, drop in rows]
+
     def pad_left(
         self, rows: Sequence[Sequence[int]], device: torch.device
     ) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ LAYERS = {
     "origin": 1,
     "pair_rows": 1,
     "phrases": 1,
+    "picture_tokens": 1,
     "pixels": 1,
     "prompt_ids": 1,
     "sampling": 1,

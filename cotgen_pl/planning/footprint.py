@@ -1,8 +1,9 @@
 """What a Janus of given sizes takes of memory and work: no weights, no device, formulas alone.
 
 Letters as in `cotgen_pl.interfaces`; besides: N layers, h hidden width, m width of the MLP, L
-positions that a pass reads (prompt and picture). Apart from `cotgen_pl.planning.work`, which puts
-together what a training step asks of it.
+positions that a pass reads (prompt and picture; images that share a prompt may read it once, which
+takes less). Apart from `cotgen_pl.planning.work`, which puts together what a training step asks of
+it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 
+from cotgen_pl.picture_tokens import PIXELS_PER_DECODE
+
 PROMPT_TOKENS = 32  # a prompt of about 20 words in Janus-Pro's template
 ITEM_BYTES = {"bfloat16": 2.0, "float32": 4.0, "float64": 8.0}
 # NF4 in blocks of 64 with a float32 scale each, without double quantisation: 4 + 32 / 64 bits
 # (arXiv 2305.14314, section 3). LLM.int8 has a float32 scale per row, which is nothing beside it.
 QUANTIZED_BYTES = {"4bit": 0.5625, "8bit": 1.0}
-PIXELS_PER_DECODE = 4_000_000  # as in cotgen_pl.policies.janus
 NUMBERS_AT_ONCE = 1 << 22  # as in cotgen_pl.losses.logprobs
 # Feature maps of the picture decoder's widest layer that live at once: counted on the CPU at
 # Janus-Pro's widths (tests/planning/test_work.py). A GPU's convolutions may want room of their own.

@@ -37,19 +37,20 @@ from cotgen_pl.checkpoints import (
 )
 from cotgen_pl.decoding.eager import EagerDrawing, StaticCache
 from cotgen_pl.decoding.fused import FusedDrawing, start_drawing
+from cotgen_pl.decoding.masks import read_behind, read_from_the_start
 from cotgen_pl.decoding.settings import DecodingSettings
 from cotgen_pl.decoding.weights import read_network, why_unreadable
 from cotgen_pl.interfaces import Policy, freeze
+from cotgen_pl.picture_tokens import decode_tokens, encode_pictures
 from cotgen_pl.prompt_ids import BEGIN_OF_IMAGE, PromptReader
 from cotgen_pl.understanding import answer_questions
 
 PAD = "<｜▁pad▁｜>"  # by name: the originals' tokenizer_config.json leaves pad_token empty
-PIXELS_PER_DECODE = 4_000_000  # about 27 pictures of 384 px at a time: bounds the decoder's memory
 EXAMPLE = "deepseek-community/Janus-Pro-1B"
-IMAGE_PARTS = (
-    "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head"
-)
-NOT_QUANTIZED = [*(f"model.{part}" for part in IMAGE_PARTS.split()), "lm_head"]
+OF_IMAGES = "vision_model aligner vqmodel generation_embeddings generation_aligner generation_head"
+NOT_QUANTIZED = [*(f"model.{part}" for part in OF_IMAGES.split()), "lm_head"]
+WORTH_SHARING = 0.1  # of the positions; for fewer, a second pass costs what it spares
+Rows = Sequence[Sequence[int]]  # token ids
 LORA_TARGETS = r"model\.language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
@@ -202,31 +203,46 @@ class JanusPolicy(Policy):
     ) -> Tensor:
         """Logits of every token by teacher forcing, [B, T, V]; see `Policy.logits`.
 
-        The text head never runs and no layer's hidden states are kept.
+        The text head never runs and no layer's hidden states are kept. A prompt of several images
+        is read once where that pays.
         """
-        rows = self.reader.read(prompts)
-        dropped = torch.as_tensor(unconditional).expand(len(rows)).tolist()
-        rows = [
-            self.reader.unconditional(len(row)) if drop else row
-            for row, drop in zip(rows, dropped, strict=True)
-        ]
+        rows = self.reader.read_branches(prompts, unconditional)
+        texts = list(dict.fromkeys(rows))
+        if not self._pays_to_share(rows, len(texts), tokens.shape[1]):
+            return self._head(self._read_whole(rows, tokens))
+        index = torch.tensor([texts.index(row) for row in rows], device=self.janus.device)
+        return self._head(self._read_texts_once(texts, index, tokens))
+
+    def _pays_to_share(self, rows: Rows, distinct: int, num_tokens: int) -> bool:
+        if self.gradient_checkpointing or self.compile_forward or num_tokens == 1:
+            return False
+        length = max(map(len, rows))
+        spared = length * (1 - distinct / len(rows)) / (length + num_tokens - 1)
+        return spared >= WORTH_SHARING
+
+    def _read_whole(self, rows: Rows, tokens: Tensor) -> Tensor:
+        """Hidden states that tell each token, [B, T, width]: one pass over texts and pictures."""
         ids, mask = self.reader.pad_left(rows, self.janus.device)
         embedded = torch.cat([self._embed_text(ids), self._embed_codes(tokens[:, :-1])], 1)
         mask = nn.functional.pad(mask, (0, tokens.shape[1] - 1), value=True)
-        return self._head(self._hidden_states(embedded, mask)[:, -tokens.shape[1] :])
-
-    def _hidden_states(self, embedded: Tensor, mask: Tensor, cache: Any = None) -> Tensor:
-        """Last hidden states, [R, L, width], of a left-padded batch read from its beginning."""
-        length = mask.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-        # A padded position may see itself: a row that sees nothing would be NaN.
-        seen = causal & mask[:, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device)
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        if cache is not None:
-            return self._body(embedded, seen[:, None], positions, cache)
         with self._checkpointing():
             body = self._compiled_body or self._body
-            return body(embedded, seen[:, None], positions)
+            return body(embedded, *read_from_the_start(mask))[:, -tokens.shape[1] :]
+
+    def _read_texts_once(self, texts: Rows, index: Tensor, tokens: Tensor) -> Tensor:
+        """The same in two passes: over the texts, then over pictures; picture b is of index[b]."""
+        kept, hidden, mask = self._read_prompts(texts)
+        kept.batch_select_indices(index)
+        behind = read_behind(mask[index], tokens.shape[1] - 1)
+        pictures = self._body(self._embed_codes(tokens[:, :-1]), *behind, kept)
+        return torch.cat([hidden[index, -1:], pictures], 1)
+
+    def _read_prompts(self, rows: Rows) -> tuple[DynamicCache, Tensor, Tensor]:
+        """What is kept of texts for what follows them, hidden states and mask [R, L, ...]."""
+        ids, mask = self.reader.pad_left(rows, self.janus.device)
+        kept = DynamicCache()
+        hidden = self._body(self._embed_text(ids), *read_from_the_start(mask), kept)
+        return kept, hidden, mask
 
     def _body(self, embedded: Tensor, seen: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
         if self.attention == "eager":
@@ -312,13 +328,11 @@ class JanusPolicy(Policy):
         return reason is None
 
     def _prefill_eagerly(
-        self, rows: Sequence[Sequence[int]], source: Sequence[int], images: int
+        self, rows: Rows, source: Sequence[int], images: int
     ) -> tuple[Tensor, EagerDrawing]:
         """Through transformers' layers, which are what the fused ones are held to."""
-        ids, mask = self.reader.pad_left(rows, self.janus.device)
-        prefix = DynamicCache()
-        hidden = self._hidden_states(self._embed_text(ids), mask, prefix)
-        index = torch.tensor(source, device=ids.device)
+        prefix, hidden, mask = self._read_prompts(rows)
+        index = torch.tensor(source, device=mask.device)
         mask = nn.functional.pad(mask[index], (0, self.num_tokens), value=True)
         memory = StaticCache(prefix, index, mask.shape[1])
         drawing = EagerDrawing(
@@ -329,14 +343,7 @@ class JanusPolicy(Policy):
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Draw tokens [B, T] as pictures [B, 3, H, W], float32 in [0, 1]; never under autocast."""
-        halvings = len(self.config.vq_config.channel_multiplier) - 1
-        side = self.config.vq_config.num_patches * 2**halvings
-        with torch.autocast(tokens.device.type, enabled=False):
-            parts = [
-                self.janus.model.vqmodel.decode(part)
-                for part in tokens.split(max(1, PIXELS_PER_DECODE // side**2))
-            ]
-        return ((torch.cat(parts).float() + 1) / 2).clamp(0, 1)
+        return decode_tokens(self.janus.model.vqmodel, tokens)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -344,10 +351,7 @@ class JanusPolicy(Policy):
 
         Tokens of a decoded picture need not come back: keep sampled tokens for training.
         """
-        vq = self.janus.model.vqmodel
-        pixels = (images * 2 - 1).to(vq.quant_conv.weight.dtype)
-        with torch.autocast(images.device.type, enabled=False):
-            return vq.encode(pixels).image_tokens.view(len(images), self.num_tokens)
+        return encode_pictures(self.janus.model.vqmodel, images)
 
     def prepare(self, pictures: Sequence[Any]) -> Tensor:
         """Resize and pad as the checkpoint's own processor does; see `Policy.prepare`."""

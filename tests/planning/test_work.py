@@ -260,7 +260,11 @@ def statistics(policy, texts, tokens, mode, bonus=False):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
-def test_update_of_the_shipped_model_takes_what_is_planned(mode, precision, checkpointing):
+def test_update_of_the_shipped_model_takes_what_is_planned(
+    mode, precision, checkpointing, monkeypatch
+):
+    """Where each image has a prompt of its own; those that share one take less."""
+    monkeypatch.setattr("cotgen_pl.policies.janus.WORTH_SHARING", 1)
     number, texts = 32, ["a red circle"] * 32
     policy = JanusPolicy("cotgen_pl/shapes/assets/janus", gradient_checkpointing=checkpointing)
     tokens = torch.randint(0, 128, (number, 16))

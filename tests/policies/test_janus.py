@@ -331,6 +331,41 @@ def test_training_mode_does_not_reach_the_model(janus_folder, arguments):
     assert not [name for name, module in policy.named_modules() if module.training]
 
 
+@pytest.mark.parametrize("unconditional", [False, True, torch.tensor([True, False, False, True])])
+@pytest.mark.parametrize("arguments", [{}, {"lora": LORA}, {"attention": "eager"}])
+def test_a_prompt_of_several_images_is_read_once_and_nothing_changes(
+    janus_folder, arguments, unconditional, monkeypatch
+):
+    policy = load(janus_folder, dtype="float64", **arguments)
+    perturb(policy)
+    prompts, tokens = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]], random_tokens(policy, 4)
+    shapes, found = [], []
+    policy.blocks()[0].register_forward_pre_hook(lambda m, x: shapes.append(x[0].shape[:2]))
+    for worth in (1, 0.1):
+        monkeypatch.setattr("cotgen_pl.policies.janus.WORTH_SHARING", worth)
+        policy.zero_grad()
+        logits = policy.logits(prompts, tokens, unconditional)
+        logits.log_softmax(-1).square().mean().backward()
+        gradients = {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}
+        found.append((logits, gradients))
+    behind = policy.num_tokens - 1
+    length = shapes[0][1] - behind
+    assert shapes == [(4, length + behind), (shapes[1][0], length), (4, behind)]
+    assert shapes[1][0] < 4
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-12
+    for name, gradient in found[0][1].items():  # transformers' norms are float32
+        assert (gradient - found[1][1][name]).norm() < 1e-6 * gradient.norm(), name
+
+
+def test_prompts_are_read_for_each_image_where_that_costs_little(janus_folder):
+    policy, rows = load(janus_folder), []
+    policy.blocks()[0].register_forward_pre_hook(lambda m, x: rows.append(x[0].shape[0]))
+    policy.logits(
+        [*PROMPTS[:2], *(f"{n} circles" for n in range(30)), PROMPTS[0]], random_tokens(policy, 33)
+    )
+    assert rows == [33]
+
+
 @pytest.mark.parametrize("arguments", [{}, {"lora": LORA}, {"trains": "both"}])
 def test_gradient_checkpointing_recomputes_and_changes_nothing(janus_folder, arguments):
     tokens, gradients, calls, losses = None, [], [], []

@@ -145,7 +145,7 @@ def test_a_claim_about_choosing_needs_rewards_that_look_at_the_base(tmp_path):
     settings = settings_of(study)
     with pytest.raises(ValueError, match=r"each reward among .* got \['broad'\] beside them"):
         check_study(study, settings, claims)
-    watching = CALLBACKS + [{"init_args": {"watched": {"broad": "b.yaml"}}}]
+    watching = [*CALLBACKS, {"init_args": {"watched": {"broad": "b.yaml"}}}]
     settings["base"]["trainer"]["callbacks"] = watching
     check_study(study, settings, claims)
 
