@@ -43,7 +43,7 @@ class Breadth(NamedTuple):
 
 BREADTHS: dict[Kind, Breadth] = {
     "narrow": Breadth(6000, 0),
-    "mid": Breadth(6000, 1500),
+    "mid": Breadth(6000, 400),
     "broad": Breadth(6000, 6000),
     "narrow_more": Breadth(12000, 0),
 }
