@@ -179,7 +179,7 @@ def test_same_seed_gives_the_same_scorer(tokenizer, inside, wide):
 
 def test_breadths_share_their_in_domain_pairs():
     assert BREADTHS["narrow"] == (6000, 0)
-    assert BREADTHS["mid"] == (6000, 1500)
+    assert BREADTHS["mid"] == (6000, 400)
     assert BREADTHS["narrow_more"].in_domain == 2 * BREADTHS["narrow"].in_domain
 
 
