@@ -336,7 +336,7 @@ def test_training_mode_does_not_reach_the_model(janus_folder, arguments):
 def test_a_prompt_of_several_images_is_read_once_and_nothing_changes(
     janus_folder, arguments, unconditional, monkeypatch
 ):
-    policy = load(janus_folder, dtype="float64", **arguments)
+    policy = load(janus_folder, **arguments)
     perturb(policy)
     prompts, tokens = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]], random_tokens(policy, 4)
     shapes, found = [], []
@@ -352,9 +352,9 @@ def test_a_prompt_of_several_images_is_read_once_and_nothing_changes(
     length = shapes[0][1] - behind
     assert shapes == [(4, length + behind), (shapes[1][0], length), (4, behind)]
     assert shapes[1][0] < 4
-    assert (found[0][0] - found[1][0]).abs().max() < 1e-12
-    for name, gradient in found[0][1].items():  # transformers' norms are float32
-        assert (gradient - found[1][1][name]).norm() < 1e-6 * gradient.norm(), name
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-5
+    for name, gradient in found[0][1].items():
+        assert (gradient - found[1][1][name]).norm() < 1e-4 * gradient.norm(), name
 
 
 def test_prompts_are_read_for_each_image_where_that_costs_little(janus_folder):
@@ -364,6 +364,17 @@ def test_prompts_are_read_for_each_image_where_that_costs_little(janus_folder):
         [*PROMPTS[:2], *(f"{n} circles" for n in range(30)), PROMPTS[0]], random_tokens(policy, 33)
     )
     assert rows == [33]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"dtype": "float64"}, {"gradient_checkpointing": True}, {"compile": True}]
+)
+def test_some_policies_read_a_prompt_for_each_image(janus_folder, arguments, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda body: body)
+    policy, rows = load(janus_folder, **arguments), []
+    policy.blocks()[0].register_forward_pre_hook(lambda m, x: rows.append(x[0].shape[0]))
+    policy.logits([PROMPTS[0]] * 4, random_tokens(policy, 4))
+    assert rows == [4]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"lora": LORA}, {"trains": "both"}])
