@@ -20,8 +20,8 @@ from typing import Any
 
 from cotgen_pl.data.prompts import PromptFile, read_prompts
 from cotgen_pl.files import write_whole
-from cotgen_pl.interfaces import Prompt
-from cotgen_pl.leaks import find_leaks
+from cotgen_pl.interfaces import Prompt, check_positive
+from cotgen_pl.leaks import find_leaks, first_by_text
 from cotgen_pl.rules.words import plain_text
 from cotgen_pl.study.definition import Study
 
@@ -67,26 +67,42 @@ def _write(path: Path, text: str) -> None:
 
 
 def select_prompts(name: str, entry: Mapping[str, Any]) -> tuple[list[Prompt], PromptCounts]:
-    """The prompts of an entry in the order of its files, and how many were left out why."""
+    """The prompts of an entry in the order of its files, and how many were left out why.
+
+    Raises:
+        ValueError: The entry has other words, names a category that no prompt has, or asks for more
+            prompts than there are.
+    """
     if not entry.keys() <= ENTRIES or "files" not in entry:
         raise ValueError(
             f"prompts {name}: expected files and any of {sorted(ENTRIES)}, got {sorted(entry)}; "
             "correct the study's file"
         )
+    check_positive(number=entry.get("number"))
     read = _read_all(entry["files"])
-    kept = [p for p in read if p.category in entry.get("categories", [p.category])]
+    kept = _of_categories(read, entry["categories"], name) if "categories" in entry else read
     clean = _without_leaks(kept, _read_all(entry.get("held_out", [])))
     leaks = len(kept) - len(clean)
-    distinct = list({plain_text(p.text): p for p in clean[::-1]}.values())[::-1]
-    chosen = distinct if entry.get("distinct") else clean
+    chosen = list(first_by_text(clean).values()) if entry.get("distinct") else clean
     duplicates = len(clean) - len(chosen)
-    if entry.get("number"):
+    if "number" in entry:
         chosen = _take(chosen, entry["number"], name)
     return chosen, PromptCounts(name, len(read), leaks, duplicates, len(chosen))
 
 
 def _read_all(files: Sequence[Mapping[str, Any]]) -> list[Prompt]:
     return [prompt for file in files for prompt in read_prompts(PromptFile(**file))]
+
+
+def _of_categories(prompts: Sequence[Prompt], wanted: Sequence[str], name: str) -> list[Prompt]:
+    found = dict.fromkeys(prompt.category for prompt in prompts)
+    unknown = [category for category in wanted if category not in found]
+    if unknown:
+        raise ValueError(
+            f"prompts {name}: expected categories among {', '.join(found)}, got {unknown}; name "
+            "those"
+        )
+    return [prompt for prompt in prompts if prompt.category in wanted]
 
 
 def _without_leaks(prompts: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Prompt]:
