@@ -7,6 +7,7 @@ from typing import Any
 
 from cotgen_pl.study.claims import Claim
 from cotgen_pl.study.definition import BASE, Cell, Group, Study
+from cotgen_pl.study.progress import suites_of
 
 TESTS_OF_CHOICES = ("order", "correlation")  # they need what rewards say of the base's pictures
 SEEDS_OF_A_DEVIATION = 2  # the sample deviation of one number is not defined
@@ -31,6 +32,7 @@ def check_study(
     for group in study.groups.values():
         if group.comparison == "controlled":
             check_budgets(group, settings)
+    check_choosing(study, settings)
     for name, table in study.tables.items() if deviates else ():
         wanted = SEEDS_OF_A_DEVIATION if table.get("deviation", True) else 1
         check_seeds(study.groups[table["group"]], wanted, f"the deviation in table {name}")
@@ -42,6 +44,19 @@ def check_study(
                 check_watched(study, group, settings[BASE], f"the test of claim {claim.name}")
             if deviates:
                 check_seeds(group, claim.least_seeds, f"the test of claim {claim.name}")
+
+
+def check_choosing(study: Study, settings: Mapping[str, Settings]) -> None:
+    """The suite by which a study chooses is scored by all runs that compete."""
+    rule = study.settings.get("choose", {"groups": ()})
+    groups = [study.groups[name] for name in rule["groups"] if name in study.groups]
+    for run in dict.fromkeys(cell.run for group in groups for cell in group.cells):
+        names = suites_of(settings[run])
+        if rule["suite"] not in names:
+            raise ValueError(
+                f"choose: expected a suite of run {run}, out of {names}, got {rule['suite']!r}; "
+                "name one of them"
+            )
 
 
 def check_budgets(group: Group, settings: Mapping[str, Settings]) -> None:

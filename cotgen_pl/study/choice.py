@@ -6,6 +6,7 @@ one suite at the end of its run; where two are equal, the one that has moved les
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +43,17 @@ def choose_settings(rule: Mapping[str, Any], records: Records) -> dict[str, list
     return {
         group: sorted(
             (_candidate(cell, list(found.values()), rule["suite"]) for cell, found in rows),
-            key=lambda one: (-one.score, one.kl_to_base),
+            key=_rank,
         )
         for group in rule["groups"]
         if group in records.study.groups
         for rows in [list(records.rows(group))]
     }
+
+
+def _rank(one: Candidate) -> tuple[float, float]:
+    """Small for a good one; who has no score comes last."""
+    return math.inf if math.isnan(one.score) else -one.score, one.kl_to_base
 
 
 def _candidate(cell: Cell, found: Sequence[Record], suite: str) -> Candidate:

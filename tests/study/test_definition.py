@@ -150,6 +150,15 @@ def test_a_claim_about_choosing_needs_rewards_that_look_at_the_base(tmp_path):
     check_study(study, settings, claims)
 
 
+def test_a_choice_is_by_a_suite_that_its_runs_score(tmp_path):
+    rule = {"groups": ["main"], "suite": "near"}
+    study = read_study(study_of(tmp_path, choose=rule))
+    check_study(study, settings_of(study), [])
+    study = read_study(study_of(tmp_path, choose=rule | {"suite": "nera"}))
+    with pytest.raises(ValueError, match=r"choose: expected a suite of run main/grpo-4, out of"):
+        check_study(study, settings_of(study), [])
+
+
 def test_runs_that_cannot_go_on_are_refused(tmp_path):
     study = read_study(study_of(tmp_path))
     settings = settings_of(study)
@@ -158,8 +167,9 @@ def test_runs_that_cannot_go_on_are_refused(tmp_path):
         check_study(study, settings, [])
 
 
-def test_shipped_claims_fit_the_shipped_study(repository):
-    study = read_study(repository / "configs/studies/shapes.yaml")
+@pytest.mark.parametrize("name", ["shapes", "janus_pro"])
+def test_shipped_claims_fit_the_shipped_studies(name, repository):
+    study = read_study(repository / f"configs/studies/{name}.yaml")
     claims = read_claims(str(repository / "configs/studies/claims.yaml"))
     assert len(study.runs) >= 50
     assert len(claims) >= 30
