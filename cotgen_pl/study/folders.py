@@ -11,7 +11,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,13 @@ class SuiteVerdicts:
     """[P, G] by reward that only watched, such as `narrow`; the base has those of all scorers."""
     details: list[list[Any]]
     """P lists of G, what the scorer tells of each picture; None for nothing."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """By category what its score is called, where not by the category: brackets tell what is not
+    as the benchmark's authors publish it."""
+
+    def name_of(self, category: str) -> str:
+        """What the score of a category is called."""
+        return self.names.get(category, category)
 
     def score(self, kind: str = "graded") -> Numbers:
         """[P, G] of `graded` or `strict`; all NaN where there is no strict score."""
@@ -216,6 +223,7 @@ def _read_suite(content: Mapping[str, Any]) -> SuiteVerdicts:
     rows = sorted(content["verdicts"], key=lambda row: (row["index"], row["copy"]))
     copies = 1 + max(row["copy"] for row in rows)
     first = rows[::copies]
+    categories = dict.fromkeys(row["category"] for row in first)
 
     def table(value: Any) -> Numbers:
         numbers = [math.nan if v is None else v for v in map(value, rows)]
@@ -237,6 +245,8 @@ def _read_suite(content: Mapping[str, Any]) -> SuiteVerdicts:
         details=[
             [row["details"] for row in rows[at : at + copies]] for at in range(0, len(rows), copies)
         ],
+        # The file's own table has a row for each category in the order of prompts, then the mean.
+        names=dict(zip(categories, (row["name"] for row in content["table"]), strict=False)),
     )
 
 

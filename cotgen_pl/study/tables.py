@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from operator import attrgetter
@@ -89,7 +89,7 @@ def suites(
         title = f"{suite.suite}, {DOMAINS[suite.domain]}"
         note = " ".join([GAINS, *(f"* {mark['note']}" for mark in own)])
         table = _tabulate(f"{name}-{suite.suite}", title, group, rows, columns, note)
-        tables.append(_with_stars(table, group, [mark["labels"] for mark in own]))
+        tables.append(_with_stars(table, list(group.axes), own))
     return tables
 
 
@@ -102,18 +102,24 @@ def _suite_columns(suite: SuiteVerdicts, means: Mapping[str, Sequence[str]]) -> 
         column("mean", [None]),
         column("strict mean", [None], STRICT),
         *(column(title, categories) for title, categories in means.items()),
-        *(column(category, [category]) for category in dict.fromkeys(suite.categories)),
+        *(column(suite.name_of(own), [own]) for own in dict.fromkeys(suite.categories)),
     ]
 
 
-def _with_stars(table: Table, group: Group, marked: Sequence[Mapping[str, str]]) -> Table:
-    """The same with a star behind the first label of each row that has marked labels."""
+def _with_stars(table: Table, axes: Sequence[str], marks: Sequence[Mapping[str, Any]]) -> Table:
+    """The same with a star behind the first label of each row that has the labels of a mark.
+
+    Args:
+        table: Its first columns are labels.
+        axes: What these are the levels of.
+        marks: As `suites` takes them.
+    """
     rows = []
     for row in table.rows:
-        labels = dict(zip(group.axes, map(str, row), strict=False))
-        has_star = any(entry.items() <= labels.items() for entry in marked)
+        labels = dict(zip(axes, map(str, row), strict=False))
+        has_star = any(mark["labels"].items() <= labels.items() for mark in marks)
         rows.append([f"{row[0]}{STAR}", *row[1:]] if has_star else row)
-    return Table(table.name, table.title, table.columns, rows, table.num_labels, table.note)
+    return replace(table, rows=rows)
 
 
 def domains(records: Records, group: Group, name: str) -> list[Table]:
@@ -198,8 +204,16 @@ def _gain_per_minute(records: Records, domain: str) -> Callable[[Record], float]
 # Rewards ----------------------------------------------------------------------------------------
 
 
-def rewards(records: Records, group: Group, name: str) -> list[Table]:
+def rewards(
+    records: Records, group: Group, name: str, marks: Sequence[Mapping[str, Any]] = ()
+) -> list[Table]:
     """Of each reward, what it gains by choosing alone, and what training on it gains.
+
+    Args:
+        records: Of the study.
+        group: Its rewards are rows.
+        name: Of the table's file.
+        marks: As `suites` takes them; a note says which domain it is about.
 
     Raises:
         ValueError: The group has other axes than `reward` and one more.
@@ -219,7 +233,8 @@ def rewards(records: Records, group: Group, name: str) -> list[Table]:
         f"Gains over the base of the same seed. {BEST.capitalize()}: of the base's pictures the "
         "reward chooses, without any training. ± is the sample deviation over seeds."
     )
-    return [Table(name, heading(group), columns, lines, 2, note)]
+    note = " ".join([note, *(f"* {DOMAINS[mark['domain']]}: {mark['note']}" for mark in marks)])
+    return [_with_stars(Table(name, heading(group), columns, lines, 2, note), [REWARD], marks)]
 
 
 # Making a table ---------------------------------------------------------------------------------

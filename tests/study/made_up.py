@@ -12,6 +12,7 @@ from cotgen_pl.study.folders import Records, read_record
 ALGORITHMS = ("dpo", "grpo")
 REWARDS = ("exact", "narrow", "broad")
 SUITES = {"near": ("id", ["color", "shape"]), "far": ("ood", ["counting", "position"])}
+NAMES = {"position": "position[other]"}  # a score that is not as published
 PROMPTS_PER_CATEGORY, COPIES = 2, 4
 BASE_SCORE = 0.5
 GAINS = {  # by algorithm, in domain and out of domain
@@ -130,7 +131,9 @@ def write_suite(folder: Path, suite: str, score: float) -> None:
             )
     path = folder / "evaluation" / f"{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"suite": suite, "domain": domain, "verdicts": rows}))
+    table = [{"name": name} for name in [*(NAMES.get(c, c) for c in categories), "mean"]]
+    content = {"suite": suite, "domain": domain, "table": table, "verdicts": rows}
+    path.write_text(json.dumps(content))
 
 
 def write_pictures(folder: Path, suite: str, shade: int) -> None:

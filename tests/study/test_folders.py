@@ -30,7 +30,9 @@ def write_suite(folder, name="near", domain="id", totals=TOTALS, file=None):
     ]
     path = folder / "evaluation" / f"{file or name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"suite": name, "domain": domain, "verdicts": rows[::-1]}))
+    table = [{"name": name} for name in ("color[template]", "count", "mean")]
+    content = {"suite": name, "domain": domain, "table": table, "verdicts": rows[::-1]}
+    path.write_text(json.dumps(content))
 
 
 def write_metrics(folder, rows):
@@ -47,6 +49,7 @@ def test_verdicts_are_tables_of_prompts_and_copies(tmp_path):
     np.testing.assert_equal(suite.watched["narrow"], [[0, 0.1]] * 3)
     assert list(suite.watched) == ["narrow"]
     assert suite.details[0] == [{"failed": []}] * 2
+    assert [suite.name_of(own) for own in suite.categories] == ["color[template]", *["count"] * 2]
 
 
 def test_means_leave_out_missing_verdicts(tmp_path):

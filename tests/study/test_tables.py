@@ -1,7 +1,9 @@
 """Tables of a made-up study, against numbers that are known beforehand."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from cotgen_pl.study.entries import Entry, Spread, compare
@@ -42,7 +44,7 @@ def test_each_suite_has_a_table_with_all_categories(records, main):
     assert "in domain" in near.title and "out of domain" in far.title
     labels = ["reward", "algorithm", "seeds", "mean", "strict mean"]
     assert near.columns == [*labels, "color", "shape"]
-    assert far.columns == [*labels, "counting", "position"]
+    assert far.columns == [*labels, "counting", "position[other]"]
     assert len(near.rows) == 10
 
 
@@ -78,6 +80,25 @@ def test_named_means_and_stars(records, main):
     assert "*" not in far.note
 
 
+def test_a_mean_over_a_category_that_is_not_there_is_not_known(records, main):
+    means = {"near": {"two": ["color", "shape"], "three": ["color", "shape", "complex"]}}
+    near, _ = suites(records, main, "results", means=means)
+    assert near.columns[5:] == ["two", "color", "shape"]
+    assert near.note.endswith("Not known of any row: three.")
+
+
+def test_a_mean_over_a_category_without_any_verdict_is_not_known(records, main):
+    found = {}
+    for place, record in records.records.items():
+        near = record.suites["near"]
+        unread = np.where(np.array(near.categories)[:, None] == "color", math.nan, near.graded)
+        suites_of = record.suites | {"near": replace(near, graded=unread)}
+        found[place] = replace(record, suites=suites_of)
+    means = {"near": {"both": ["color", "shape"]}}
+    near, _ = suites(replace(records, records=found), main, "results", means=means)
+    assert near.columns[3:] == ["strict mean", "shape"]
+
+
 def test_domains_stand_beside_images_and_divergence(records):
     [table] = domains(records, records.study.groups["rounds"], "rounds")
     assert "controlled" in table.title
@@ -93,6 +114,13 @@ def test_rewards_stand_with_what_they_choose_and_teach(records, main):
     assert entry_of(table, "best of 4, out of domain", "narrow").score.mean == pytest.approx(0)
     assert entry_of(table, "best of 4, out of domain", "broad").score.mean == pytest.approx(0.1)
     assert entry_of(table, "dpo, out of domain", "broad").score.mean == pytest.approx(-0.025)
+
+
+def test_a_reward_that_trains_on_its_own_test_metric_is_marked(records, main):
+    mark = {"labels": {"reward": "exact"}, "domain": "id", "note": "its own metric"}
+    [table] = rewards(records, main, "rewards", marks=[mark])
+    assert [row[0] for row in table.rows] == ["exact *", "narrow", "broad"]
+    assert table.note.endswith("* in domain: its own metric")
 
 
 def test_costs_are_the_last_that_was_logged(records, main):
