@@ -202,7 +202,7 @@ def reward_bytes(reward: Any) -> tuple[float, bool]:
     """
     if reward is None:
         return 0.0, True
-    settings = reward.init_args
+    settings = getattr(reward, "init_args", None)  # none of a class that takes nothing
     parts = getattr(settings, "rewards", None)
     if parts:
         sizes = [reward_bytes(part) for part in parts.values()]

@@ -105,6 +105,12 @@ def test_optimizers_and_rewards_come_from_the_configuration():
     assert gigabytes(found, "update", "reward") == 7
 
 
+def test_a_reward_without_arguments_is_planned():
+    arguments = ["--model.init_args.reward", "configs/rewards/random.yaml"]
+    [found] = plan(["configs/grpo_hps.yaml", *arguments])
+    assert "reward" not in found["memory"]["update"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
