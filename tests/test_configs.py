@@ -11,15 +11,11 @@ import yaml
 
 from cotgen_pl.conversion.formats import convert_checkpoint
 from cotgen_pl.rewards.hps import HPSReward
-from tests.conversion.original_blip import write_blip_vqa, write_image_reward, write_tokenizer
+from tests.conversion.original_blip import write_image_reward, write_tokenizer
 from tests.conversion.test_llava_next import build_weights as build_llava_weights
 from tests.conversion.test_llava_next import write_original
-from tests.rewards.test_clip_score import write as write_small_clip
-from tests.rewards.test_depth import write as write_depth
-from tests.rewards.test_detectors import NAMES as DETECTED
-from tests.rewards.test_detectors import build_detector
 from tests.rewards.test_hps import write as write_small_hps
-from tests.rewards.test_open_vocabulary import write as write_owlv2
+from tests.stand_ins import name_weights, write_benchmarks
 from tools.build_shapes import BUILT
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -251,60 +247,6 @@ def test_judges_differ_from_hps_in_the_reward_alone(algorithm, name):
     if (algorithm, name) == ("grpo", "ensemble"):
         assert own["model"]["init_args"].pop("combine_rewards") == "normalise_then_sum"
     assert own == hps
-
-
-TEXTS = {
-    "color": "a red {} and a blue dog",
-    "shape": "a round {} and an oval dog",
-    "texture": "a metal {} and a wooden dog",
-    "spatial": "a {} on the left of a dog",
-    "non_spatial": "A {} beside dogs.",
-    "3d_spatial": "a {} behind a dog",
-    "numeracy": "two {}s",
-}
-GENEVAL = [
-    {"tag": "single_object", "include": [{"class": "cup", "count": 1}], "prompt": "a cup"},
-    {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"},
-]
-
-
-def write_benchmarks(folder: Path) -> dict[str, str]:
-    """Prompt files and converted weights of both benchmarks, small ones, where configs seek them.
-
-    Returns what has no place of its own there but a hub id: arguments of `CompBenchReward`.
-    """
-    prompts, weights = folder / "data" / "t2i_compbench", folder / "weights"
-    (folder / "data" / "geneval").mkdir(parents=True)
-    prompts.mkdir()
-    for category, text in TEXTS.items():
-        (prompts / f"{category}_train.txt").write_text(text.format("cup"), newline="\r\n")
-        (prompts / f"{category}_val.txt").write_text(text.format("lamp"), newline="\r\n")
-    (prompts / "new_objects.txt").write_text("cup - cups\nlamp - lamps\n")
-    rows = "\n".join(map(json.dumps, GENEVAL))
-    (folder / "data" / "geneval" / "evaluation_metadata.jsonl").write_text(rows)
-    (folder / "data" / "geneval" / "object_names.txt").write_text("\n".join(DETECTED))
-    build_detector().save_pretrained(weights / "mask2former")
-    (folder / "blip").mkdir()
-    write_blip_vqa(folder / "blip", size=32)
-    tokenizer = write_tokenizer(folder / "bert")
-    convert_checkpoint("blip_vqa", folder / "blip", weights / "blip_vqa", tokenizer=tokenizer)
-    (weights / "clip").mkdir()
-    return {
-        "clip": str(write_small_clip(weights / "clip")),
-        "detector": str(write_owlv2(weights / "owlv2")),
-        "depth": str(write_depth(weights / "depth")),
-    }
-
-
-def name_weights(value: object, small: dict[str, str]) -> None:
-    """Name small weights to each reward in a piece of YAML that would fetch large ones."""
-    for entry in value.values() if isinstance(value, dict) else value:
-        if isinstance(entry, dict | list):
-            name_weights(entry, small)
-    if isinstance(value, dict) and "CompBenchReward" in str(value.get("class_path")):
-        value["init_args"] |= small
-    if isinstance(value, dict) and "GenEvalReward" in str(value.get("class_path")):
-        value["init_args"]["clip"] = small["clip"]
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])

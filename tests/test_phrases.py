@@ -11,12 +11,13 @@ from cotgen_pl.phrases import PUBLISHED, PhraseFile, format_phrases, hash_prompt
 from tests.file_server import Served, running
 from tools.fetch import main
 
-KINDS = {"a": "DET", "the": "DET", "red": "ADJ", "on": "ADP", ".": "PUNCT", "is": "AUX"}
+KINDS = {"a": "DET", "an": "DET", "the": "DET", "red": "ADJ", "on": "ADP", ".": "PUNCT"}
+KINDS |= {"is": "AUX", "and": "CCONJ"}
 TEXT = "a red cup is on the café table."
 
 
 class Language:
-    """Stands in for a model of spaCy's: chunks are "a" or "the" up to the next verb or the end."""
+    """Stands in for a model of spaCy's: chunks are from an article to the next small word."""
 
     def __init__(self, version="3.5.0"):
         self.meta = {"lang": "en", "name": "core_web_sm", "version": version}
@@ -32,8 +33,9 @@ class Document:
         self.words, place = [], 0
         for piece in text.replace(".", " .").split():
             place = text.index(piece, place)
-            self.words.append(Token(piece, place, KINDS.get(piece, "NOUN")))
+            self.words.append(Token(piece, place, KINDS.get(piece.lower(), "NOUN")))
             place += len(piece)
+        self.end = place
 
     def __iter__(self):
         return iter(self.words)
@@ -44,9 +46,11 @@ class Document:
         for word in self.words:
             if word.pos_ == "DET":
                 start = word.idx
-            elif word.pos_ in ("AUX", "PUNCT", "ADP") and start is not None:
+            elif word.pos_ in ("AUX", "PUNCT", "ADP", "CCONJ") and start is not None:
                 yield SimpleNamespace(start_char=start, end_char=word.idx - (word.pos_ != "PUNCT"))
                 start = None
+        if start is not None:
+            yield SimpleNamespace(start_char=start, end_char=self.end)
 
 
 class Token(SimpleNamespace):

@@ -42,6 +42,10 @@ else:  # as a script, which has its own folder on the path
     from plan import GPUS, Unbuilt, plan_policy, plan_work
 
 MAIN = Path(__file__).with_name("main.py")
+NOT_PLANNED = (
+    "GPU hours: drawing, reference and updates of training. Rewards, making pictures of tokens, "
+    "the optimizer and evaluations come on top."
+)
 Settings = Mapping[str, Any]
 
 
@@ -152,7 +156,8 @@ def format_plan(study: Study, settings: Mapping[str, Settings], hours: Mapping[s
         total = [a + b for a, b in zip(total, numbers, strict=True)]
         kind = study.groups[name].comparison if name in study.groups else ""
         lines.append(_format_row(name, *numbers, bool(hours)) + f"  {kind}")
-    return "\n".join([*lines, _format_row("sum", *total, bool(hours))])
+    lines.append(_format_row("sum", *total, bool(hours)))
+    return "\n".join([*lines, *([NOT_PLANNED] if hours else [])])
 
 
 def _images(run: Run, settings: Mapping[str, Settings]) -> int:
