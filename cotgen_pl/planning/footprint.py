@@ -111,6 +111,8 @@ class PlannedPolicy:
     quantize: str | None = None
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
+    drawn_by: str = "graph"
+    """The path that pictures are drawn by."""
     prompt_tokens: int = PROMPT_TOKENS
 
     @classmethod
@@ -120,7 +122,8 @@ class PlannedPolicy:
         more = ("gradient_checkpointing", "attention")
         values = {name: getattr(settings, name) for name in (*same, *more)}
         rank = settings.lora.rank if settings.lora else 0
-        return cls(sizes, str(precision), lora_rank=rank, **values)
+        path = settings.decoding.path if settings.decoding else "graph"
+        return cls(sizes, str(precision), lora_rank=rank, drawn_by=path, **values)
 
     @property
     def trained(self) -> int:
@@ -175,6 +178,19 @@ class PlannedPolicy:
         """Bytes of the bfloat16 copies that autocast keeps of float32 weights that train."""
         casts = self.precision == "bf16-mixed" and self.trained_bytes > 2
         return 2.0 * self.trained if casts else 0.0
+
+    @property
+    def draws_fused(self) -> bool:
+        """Whether `cotgen_pl.decoding` reads the layers, by a copy of them."""
+        alike = self.sizes.key_width == self.sizes.attention_width
+        return self.drawn_by == "graph" and not self.quantize and alike
+
+    @property
+    def drawing_copy(self) -> float:
+        """Bytes of the weights that fused layers draw with, while a batch is drawn."""
+        sizes = self.sizes
+        copied = sizes.body + sizes.generation_head + sizes.codebook_size * sizes.width
+        return self.compute_bytes * copied if self.draws_fused else 0.0
 
     @property
     def cache_per_position(self) -> float:
@@ -251,10 +267,12 @@ class PlannedPolicy:
     def weights_read(self) -> float:
         """Bytes of weights that one decoding step reads: body and image head.
 
-        A weight in another type than is computed with, of which autocast keeps no copy, is read,
-        written in the other type and read again.
+        Fused layers read their copy. Without it, a weight in another type than is computed with, of
+        which autocast keeps no copy either, is read, written in the other type and read again.
         """
         item = self.compute_bytes
+        if self.draws_fused:
+            return item * (self.sizes.body + self.sizes.generation_head)
 
         def moved(stored: float, trained: bool) -> float:
             return item if trained else stored + (0 if stored == item else 2 * item)

@@ -51,7 +51,7 @@ def work_changes(policy: PlannedPolicy, work: PlannedWork) -> Iterator[Change]:
 
 
 def drawing_changes(policy: PlannedPolicy, work: PlannedWork) -> Iterator[Change]:
-    """Changes of how many pictures are drawn at once; the largest number sizes the cache."""
+    """Changes of how many pictures are drawn at once."""
     largest = max(work.drawn, work.evaluated)
     half = largest // 2
     if half:

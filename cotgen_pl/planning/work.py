@@ -210,9 +210,10 @@ def layer_share(policy: PlannedPolicy, work: PlannedWork) -> float:
 
 
 def memory(policy: PlannedPolicy, work: PlannedWork) -> Memory:
-    """Bytes on one device, by phase. Gradients go with the optimizer's last step on a rollout.
+    """Bytes on one device, by phase.
 
-    The cache's memory belongs to the policy and stays, as large as the most images needed.
+    Keys, values and the weights that fused layers draw with go when the batch is drawn; gradients
+    go with the optimizer's last step on a rollout.
     """
     trained = policy.trained
     weights = {
@@ -225,29 +226,36 @@ def memory(policy: PlannedPolicy, work: PlannedWork) -> Memory:
         "buckets of gradients": trained * policy.trained_bytes if work.processes > 1 else 0.0,
     }
     gradients = {"gradients": trained * policy.trained_bytes}
-    cache = policy.cache(max(work.drawn, work.evaluated), work.guided)
-    always = weights | {"key-value cache": cache}
     logits = policy.logits(work.forced_guidance, work.micro_batch)
     read = max(logits, 0.75 * policy.layer_activations)
     phases = {
-        "rollout": {"decoding pictures": policy.decoding(work.drawn)},
+        "rollout": drawing(policy, work, work.drawn),
         "reward": {"reward": work.reward},
         "reference": {"logits, or a layer": work.micro_batch * read} if work.replays else {},
         "update": gradients
         | {name: work.micro_batch * held for name, held in activations(policy, work).items()},
         "optimizer step": gradients | {"square roots": trained * work.optimizer.step},
-        "evaluation": {
-            "start weights": trained * policy.trained_bytes,
-            "decoding pictures": policy.decoding(work.evaluated),
-        }
+        "evaluation": {"start weights": trained * policy.trained_bytes}
+        | drawing(policy, work, work.evaluated)
         if work.evaluated
         else {},
     }
     return {
-        phase: {name: held for name, held in in_parts(policy, work, phase, always | own) if held}
+        phase: {name: held for name, held in in_parts(policy, work, phase, weights | own) if held}
         for phase, own in phases.items()
         if own
     }
+
+
+def drawing(policy: PlannedPolicy, work: PlannedWork, images: int) -> dict[str, float]:
+    """Bytes that go when so many images are drawn. Layers that stay divided are not fused."""
+    held = {
+        "key-value cache": policy.cache(images, work.guided),
+        "decoding pictures": policy.decoding(images),
+    }
+    if policy.draws_fused and work.gather != "step":
+        held |= {"weights to draw with": policy.drawing_copy, "copies for autocast": 0.0}
+    return held
 
 
 def in_parts(

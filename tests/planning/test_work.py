@@ -111,15 +111,34 @@ def test_a_step_reads_weights_and_filled_positions():
 def test_phases_by_hand():
     policy, work = PlannedPolicy(SMALL, gradient_checkpointing=True), small_work()
     planned = memory(policy, work)
-    base = 4000 + policy.frozen_weights + 8000 + 2000 + 4000 + policy.cache(6, True)
+    base = 4000 + policy.frozen_weights + 8000 + 2000 + 4000
     gradients = 4000
     sums = {phase: sum(parts.values()) for phase, parts in planned.items()}
     assert sums["optimizer step"] == base + gradients + 4000
-    assert sums["rollout"] == base + policy.decoding(6)
+    assert sums["rollout"] == base + policy.decoding(6) + policy.cache(6, True)
     kept = 2 * policy.layer_input
     passing = max(policy.logits(False, 2), 1.6 * policy.layer_activations)
     assert sums["update"] == pytest.approx(base + gradients + 2 * (kept + passing))
     assert "evaluation" not in planned
+
+
+def test_fused_layers_draw_with_a_copy_of_the_weights():
+    """In the type that is computed in, in place of autocast's; none where they cannot be read."""
+    sizes = replace(SMALL, key_width=SMALL.attention_width)
+    policy = PlannedPolicy(sizes)
+    held = memory(policy, small_work(evaluated=6))
+    codes = sizes.codebook_size * sizes.width
+    for phase in ("rollout", "evaluation"):
+        assert held[phase]["weights to draw with"] == 2 * (1000 + 300 + codes)
+        assert "copies for autocast" not in held[phase]
+    assert held["update"]["copies for autocast"] == 2000
+    assert "key-value cache" not in held["update"] | held["reference"] | held["optimizer step"]
+    assert policy.weights_read == 2 * (1000 + 300)
+    others = [replace(policy, drawn_by="eager"), replace(policy, quantize="4bit", lora_rank=2)]
+    for other in (*others, PlannedPolicy(SMALL)):
+        assert "weights to draw with" not in memory(other, small_work())["rollout"]
+    divided = memory(policy, small_work(processes=4, gather="step"))
+    assert "weights to draw with" not in divided["rollout"]
 
 
 def test_parts_by_hand():
@@ -129,12 +148,12 @@ def test_parts_by_hand():
         work = small_work(processes=4, gather=gather, evaluated=6)
         planned = memory(policy, work)
         quarter, gradients = (4000 + 8000 + 4000) / 4, 4000 / 4
-        base = quarter + policy.frozen_weights + policy.cache(6, True) + at_once
+        base, drawing = quarter + policy.frozen_weights + at_once, policy.cache(6, True)
         sums = {phase: sum(parts.values()) for phase, parts in planned.items()}
         assert planned.keys() == whole.keys()
         assert sums["optimizer step"] == base + gradients + 4000 / 4
-        assert sums["rollout"] == base + policy.decoding(6)
-        assert sums["evaluation"] == base + 4000 / 4 + policy.decoding(6)
+        assert sums["rollout"] == base + drawing + policy.decoding(6)
+        assert sums["evaluation"] == base + 4000 / 4 + drawing + policy.decoding(6)
         assert planned["update"].get("whole gradients", 0) == 4000 * (gather == "rollout")
 
 
