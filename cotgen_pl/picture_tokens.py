@@ -24,4 +24,4 @@ def encode_pictures(vq: Any, images: Tensor) -> Tensor:
     pixels = (images * 2 - 1).to(vq.quant_conv.weight.dtype)
     with torch.autocast(images.device.type, enabled=False):
         tokens: Tensor = vq.encode(pixels).image_tokens
-    return tokens.view(len(images), -1)
+    return tokens.view(len(images), vq.config.num_patches**2)

@@ -24,8 +24,8 @@ Gather = Literal["rollout", "step"]
 def leave_group() -> None:
     """Let go of the other processes, at the end of a program.
 
-    The threads that talk to them end with it: one that still runs while Python ends, as gloo's may,
-    aborts the process, and its launcher takes a run that is done for one that failed.
+    The threads that talk to them end with it. Without it one process was seen to abort while Python
+    ended, which gloo's threads explain, and its launcher took a run that was done for a failed one.
     """
     if is_available() and is_initialized():
         destroy_process_group()

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore, init_process_group, is_initialized
 
 from cotgen_pl.adapters import LoraSettings
 from cotgen_pl.policies.janus import JanusPolicy
-from cotgen_pl.strategies import ShardedStrategy
+from cotgen_pl.strategies import ShardedStrategy, leave_group
 from tests.toys import make_grpo
 from tools.main import read_strategy
 
@@ -56,3 +57,10 @@ def test_a_strategy_is_named_by_its_file_or_by_lightnings_name(tmp_path):
     for wrong in (file, tmp_path / "other.yaml"):
         with pytest.raises(ValueError, match=rf"got {wrong}: .*configs/strategies has fsdp.yaml"):
             read_strategy(str(wrong))
+
+
+def test_a_program_leaves_its_group_where_it_has_one():
+    leave_group()  # none yet
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    leave_group()
+    assert not is_initialized()
