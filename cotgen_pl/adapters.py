@@ -46,6 +46,21 @@ def check_training(settings: Any) -> None:
         )
 
 
+def train_parts(policy: Any, parts: Sequence[nn.Module]) -> None:
+    """Let parts train, beside adapters, and give all that trains its type.
+
+    Args:
+        policy: Has its settings `dtype` and `trained_dtype`; nothing but adapters trains in it yet.
+        parts: Of it.
+    """
+    for part in parts:
+        part.requires_grad_(True)
+    dtype = getattr(torch, "float64" if policy.dtype == "float64" else policy.trained_dtype)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def check_rounding(policy: Policy, make_optimizer: Callable[[list[nn.Parameter]], Any]) -> None:
     """Refuse an optimizer that would lose the small steps of weights in bfloat16.
 

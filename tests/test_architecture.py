@@ -21,6 +21,7 @@ LONGEST_FILE = 400
 LAYERS = {
     "interfaces": 0,
     "files": 0,
+    "products": 0,
     "rules": 0,
     "sharding": 0,
     "adapters": 1,

@@ -62,17 +62,18 @@ def make_memory(
     """
     weight = network.layers[0].attention_input.weight
     width = weight.shape[0] // 3 // network.num_heads
+    like = torch.empty(0, dtype=weight.dtype, device=weight.device)
     shape = rows, network.num_heads, length, width
     cosines, sines = (part[:, : width // 2].contiguous() for part in rotation)
     return Memory(
         # Zeros: what no number has been written to may be not-a-number, and 0 times that is too.
-        keys=[weight.new_zeros(shape) for _ in network.layers],
-        values=[weight.new_zeros(shape) for _ in network.layers],
-        bias=weight.new_zeros(rows, 1, 1, length),
+        keys=[like.new_zeros(shape) for _ in network.layers],
+        values=[like.new_zeros(shape) for _ in network.layers],
+        bias=like.new_zeros(rows, 1, 1, length),
         turns=torch.complex(cosines, sines),
-        offsets=weight.new_zeros(rows, dtype=torch.int64),
-        position=weight.new_zeros(1, dtype=torch.int64),
-        tokens=weight.new_zeros(images, dtype=torch.int64),
+        offsets=like.new_zeros(rows, dtype=torch.int64),
+        position=like.new_zeros(1, dtype=torch.int64),
+        tokens=like.new_zeros(images, dtype=torch.int64),
     )
 
 

@@ -1,25 +1,27 @@
 """The weights of transformers' Llama as the fused decoder reads them: its own copy of them.
 
 Queries, keys and values are one product, gate and up another. Under autocast the copy has the type
-that is computed in, so that nothing is cast at each token. Adapters stay apart, two thin products:
-merged into bfloat16 weights, most of what they have learnt would be rounded away.
+that is computed in, so that nothing is cast at each token; on a CPU in oneDNN's order (`pack`).
+Adapters stay apart, two thin products: merged into bfloat16 weights, most of what they have learnt
+would be rounded away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from cotgen_pl.products import pack, product
 
 
 class Projection(NamedTuple):
     """x W' + bias, and x down' up' where there are adapters."""
 
     weight: Tensor
-    """[outputs, inputs]."""
+    """[outputs, inputs], packed where that pays."""
     bias: Tensor | None = None
     """[outputs]."""
     down: Tensor | None = None
@@ -30,10 +32,10 @@ class Projection(NamedTuple):
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs], in the weights' type."""
         hidden = hidden.to(self.weight.dtype)
-        projected = F.linear(hidden, self.weight, self.bias)
+        projected = product(hidden, self.weight, self.bias)
         if self.down is None or self.up is None:
             return projected
-        return projected + F.linear(F.linear(hidden, self.down), self.up)
+        return projected + product(product(hidden, self.down), self.up)
 
 
 class Layer(NamedTuple):
@@ -61,13 +63,6 @@ class Network(NamedTuple):
     num_heads: int
     epsilon: float
     """Of the norms."""
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor, in an order that depends on the model alone."""
-        parts = [part for layer in self.layers for part in layer]
-        for part in [*parts, self.norm, *self.head, self.codes]:
-            tensors = [part] if isinstance(part, Tensor) else part
-            yield from (tensor for tensor in tensors if tensor is not None)
 
 
 def why_unreadable(model: Any) -> str | None:
@@ -105,27 +100,21 @@ def _why_unreadable_linear(module: Any) -> str | None:
 
 
 @torch.no_grad()
-def read_network(
-    model: Any,
-    head: Sequence[nn.Linear],
-    activation: Callable[[Tensor], Tensor],
-    codes: Tensor,
-) -> Network:
+def read_network(model: Any, head: Any, codes: Tensor) -> Network:
     """Copy the weights of now.
 
     Args:
         model: The body, transformers' `LlamaModel`.
-        head: The linear layers from the last hidden state to logits.
-        activation: Between them.
+        head: From the last hidden state to logits, transformers' Janus's: two linear layers.
         codes: What each code is read as, [V, width].
     """
     heads = model.config.num_attention_heads
     return Network(
         layers=[_read_layer(layer, heads) for layer in model.layers],
         norm=model.norm.weight.detach().clone(),
-        head=[_fuse([linear]) for linear in head],
+        head=[_fuse([head.proj_out]), _fuse([head.vision_head])],
         codes=codes.detach(),
-        activation=activation,
+        activation=head.activation_fn,
         num_heads=heads,
         epsilon=model.norm.variance_epsilon,
     )
@@ -181,12 +170,12 @@ def _fuse(
     adapters = [_active_adapters(linear) for linear in linears]
     downs = [down.to(dtype) for pairs in adapters for down, _ in pairs]
     if not downs:
-        return Projection(weight, bias)
+        return Projection(pack(weight), bias)
     ups = []
     for base, order, pairs in zip(bases, orders, adapters, strict=True):
         none = weight.new_empty(base.out_features, 0)
         ups.append(order(torch.cat([none, *[up.to(dtype) for _, up in pairs]], 1)))
-    return Projection(weight, bias, torch.cat(downs), torch.block_diag(*ups))
+    return Projection(pack(weight), bias, pack(torch.cat(downs)), pack(torch.block_diag(*ups)))
 
 
 def _active_adapters(linear: Any) -> list[tuple[Tensor, Tensor]]:

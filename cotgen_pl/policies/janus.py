@@ -24,6 +24,7 @@ from cotgen_pl.adapters import (
     add_adapters,
     check_training,
     quantization_config,
+    train_parts,
 )
 from cotgen_pl.checkpoints import (
     TEMPLATES,
@@ -42,6 +43,7 @@ from cotgen_pl.decoding.settings import DecodingSettings
 from cotgen_pl.decoding.weights import read_network, why_unreadable
 from cotgen_pl.interfaces import Policy, freeze
 from cotgen_pl.picture_tokens import decode_tokens, encode_pictures
+from cotgen_pl.products import products_on
 from cotgen_pl.prompt_ids import BEGIN_OF_IMAGE, PromptReader
 from cotgen_pl.understanding import answer_questions
 
@@ -105,6 +107,7 @@ class JanusPolicy(Policy):
         self.path, self.trains, self.train_text_embedding = path, trains, train_text_embedding
         self.lora, self.quantize, self.merges_exactly = lora, quantize, quantize is None
         self.gradient_checkpointing, self.compile_forward = gradient_checkpointing, compile
+        self.is_made_once = not (gradient_checkpointing or compile)
         self.attention, self.dtype, self.trained_dtype = attention, dtype, trained_dtype
         self.decoding = decoding or DecodingSettings()
         check_training(self)
@@ -159,14 +162,8 @@ class JanusPolicy(Policy):
         generation = [inner.generation_embeddings, inner.generation_aligner, inner.generation_head]
         both = language + generation
         parts = {"language_model": language, "generation": generation, "both": both}
-        if not self.lora:
-            for part in parts[self.trains]:
-                part.requires_grad_(True)
-            inner.language_model.embed_tokens.requires_grad_(self.train_text_embedding)
-        dtype = getattr(torch, "float64" if self.dtype == "float64" else self.trained_dtype)
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+        words = [inner.language_model.embed_tokens] if self.train_text_embedding else []
+        train_parts(self, [] if self.lora else [*parts[self.trains], *words])
 
     def describe(self) -> dict[str, Any]:
         """Checkpoint, prompt template and special ids, as they were found."""
@@ -207,21 +204,26 @@ class JanusPolicy(Policy):
         is read once where that pays.
         """
         rows = self.reader.read_branches(prompts, unconditional)
+        with products_on(self.janus.device, made_once=self.is_made_once):
+            return self._head(self._read(rows, tokens))
+
+    def _read(self, rows: Rows, tokens: Tensor) -> Tensor:
+        """Hidden states that tell each token, [B, T, width]."""
         texts = list(dict.fromkeys(rows))
         if not self._pays_to_share(rows, len(texts), tokens.shape[1]):
-            return self._head(self._read_whole(rows, tokens))
+            return self._read_whole(rows, tokens)
         index = torch.tensor([texts.index(row) for row in rows], device=self.janus.device)
-        return self._head(self._read_texts_once(texts, index, tokens))
+        return self._read_texts_once(texts, index, tokens)
 
     def _pays_to_share(self, rows: Rows, distinct: int, num_tokens: int) -> bool:
         exact = self.dtype == "float64"  # where sums that transformers' norms round would tell
-        if exact or self.gradient_checkpointing or self.compile_forward or num_tokens == 1:
+        if exact or not self.is_made_once or num_tokens == 1:
             return False
         length = max(map(len, rows))
         return length * (1 - distinct / len(rows)) >= WORTH_SHARING * (length + num_tokens - 1)
 
     def _read_whole(self, rows: Rows, tokens: Tensor) -> Tensor:
-        """Hidden states that tell each token, [B, T, width]: one pass over texts and pictures."""
+        """In one pass over texts and pictures."""
         ids, mask = self.reader.pad_left(rows, self.janus.device)
         embedded = torch.cat([self._embed_text(ids), self._embed_codes(tokens[:, :-1])], 1)
         mask = nn.functional.pad(mask, (0, tokens.shape[1] - 1), value=True)
@@ -299,13 +301,11 @@ class JanusPolicy(Policy):
         rows += [self.reader.unconditional(length) for length in lengths]
         if not self._draws_fused():
             return self._prefill_eagerly(rows, source, images)
-        inner = self.janus.model
-        head = inner.generation_head
+        inner, head = self.janus.model, self.janus.model.generation_head
         codes = self._embed_codes(torch.arange(self.codebook_size, device=self.janus.device))
-        linears = [head.proj_out, head.vision_head]
         return start_drawing(
             self.decoding,
-            read_network(inner.language_model, linears, head.activation_fn, codes),
+            read_network(inner.language_model, head, codes),
             inner.language_model.rotary_emb,
             self._embed_text,
             rows,
