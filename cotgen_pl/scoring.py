@@ -1,14 +1,20 @@
-"""Asking a reward: ready and frozen, in full precision, with the time that it took."""
+"""Asking a reward: ready and frozen, in full precision, with the time that it took.
+
+About all pictures of a rollout at its end, or about each part while the next one is drawn.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from cotgen_pl.interfaces import Prompt, Reward, Scores, freeze
+from cotgen_pl.interfaces import Prompt, Reward, Scores, check_scores, freeze
 
 
 @torch.no_grad()
@@ -28,4 +34,62 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
         torch.cuda.synchronize(images.device)
     if isinstance(scores, Scores) and not scores.seconds:  # an ensemble has told its members'
         scores.seconds = {reward.name: time.perf_counter() - started}
+    return scores
+
+
+class Questions:
+    """Pictures of a rollout, put one part after another, and the verdict on all of them.
+
+    Args:
+        reward: Is asked about parts in their order, never about two at a time.
+        pool: Has one thread, which asks about a part as soon as it is put; without one, the reward
+            is asked about all parts at once, at the end.
+    """
+
+    def __init__(self, reward: Reward, pool: Executor | None) -> None:
+        self.reward, self.pool = reward, pool
+        self.images: list[Tensor] = []
+        self.prompts: list[Prompt] = []
+        self.answers: list[Future[Scores]] = []
+
+    def put(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
+        """Add a part: [b, 3, H, W] in [0, 1], and each image's own prompt."""
+        if self.pool is not None:
+            self.answers.append(self.pool.submit(_ask_in_thread, self.reward, images, prompts))
+            return
+        self.images.append(images)
+        self.prompts.extend(prompts)
+
+    def scores(self) -> Scores:
+        """The verdict on all parts; waits for it."""
+        if self.pool is None:
+            return ask(self.reward, torch.cat(self.images), self.prompts)
+        answers = [answer.result() for answer in self.answers]
+        joined = Scores.join(answers)
+        joined.seconds = dict(sum((Counter(answer.seconds) for answer in answers), Counter()))
+        return joined
+
+
+@contextmanager
+def questions(reward: Reward, *, while_drawing: bool) -> Iterator[Questions]:
+    """To be put to a reward: at the end, or part by part while pictures are drawn.
+
+    Asked part by part, a reward that computes where pictures are drawn gains nothing, and rounds
+    otherwise than over the whole batch.
+    """
+    if not while_drawing:
+        yield Questions(reward, None)
+        return
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield Questions(reward, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ask_in_thread(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    # A thread begins with the first GPU as its own, whichever its process uses.
+    with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
+        scores = ask(reward, images, prompts)
+    check_scores(scores, len(images), reward.name)
     return scores

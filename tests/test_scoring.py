@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cotgen_pl.interfaces import Prompt, Reward, Scores
-from cotgen_pl.scoring import ask
+from cotgen_pl.scoring import ask, questions
 
 IMAGES = torch.full((2, 3, 4, 4), 0.3)
 PROMPTS = [Prompt("a"), Prompt("b")]
@@ -76,3 +76,44 @@ def test_an_answer_that_is_no_scores_is_left_to_the_check(answer, monkeypatch):
     reward = Slow()
     monkeypatch.setattr(reward, "score", lambda images, prompts: answer)
     assert ask(reward, IMAGES, PROMPTS) is answer
+
+
+@pytest.mark.parametrize("while_drawing", [True, False])
+def test_questions_about_parts_are_answered_in_their_order(while_drawing):
+    reward = Slow(pause=0.02)
+    images = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    prompts = [Prompt(text) for text in "abcdef"]
+    expected = ask(reward, images, prompts)
+    with questions(reward, while_drawing=while_drawing) as asked:
+        for start in (0, 2, 4):
+            asked.put(images[start : start + 2], prompts[start : start + 2])
+        scores = asked.scores()
+    torch.testing.assert_close(scores.total, expected.total)
+    times_asked = 3 if while_drawing else 1
+    assert list(scores.seconds) == ["slow"] and scores.seconds["slow"] >= 0.02 * times_asked
+
+
+def test_a_wrong_answer_about_a_part_is_named(monkeypatch):
+    reward = Slow()
+    monkeypatch.setattr(reward, "score", lambda images, prompts: torch.zeros(2))
+    with questions(reward, while_drawing=True) as asked:
+        asked.put(IMAGES, PROMPTS)
+        with pytest.raises((TypeError, ValueError), match="slow"):
+            asked.scores()
+
+
+def test_what_nobody_waits_for_is_not_asked(monkeypatch):
+    reward, started = Slow(), []
+
+    def score(images, prompts):
+        started.append(len(images))
+        time.sleep(0.2)
+        return Scores.single("slow", torch.zeros(len(images)))
+
+    monkeypatch.setattr(reward, "score", score)
+    failing = pytest.raises(RuntimeError, match="out of memory")
+    with failing, questions(reward, while_drawing=True) as asked:
+        for _ in range(5):
+            asked.put(IMAGES, PROMPTS)
+        raise RuntimeError("out of memory")
+    assert len(started) <= 1

@@ -7,7 +7,8 @@ from and recorded, so that an interrupted run goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,17 +144,24 @@ class ImageWriter(Callback):
     def _draw_all(
         self, trainer: Trainer, module: PolicyModule, folder: Path, finished: set[tuple[int, int]]
     ) -> int:
-        """Draw this process's part, and count it."""
+        """Draw this process's part, and count it; a batch is written while the next is drawn."""
         parts = list(self._batches())[trainer.global_rank :: trainer.world_size]
         hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
         drawn = 0
-        with tqdm(total=sum(map(len, parts)), desc=f"drawing {folder.name}", disable=hidden) as bar:
+        bar = tqdm(total=sum(map(len, parts)), desc=f"drawing {folder.name}", disable=hidden)
+        with bar, ThreadPoolExecutor(1) as writer:
+            before: Future[None] | None = None
             for part in parts:
                 left = [prompt for prompt in part if not self._is_there(folder, prompt, finished)]
                 if left:
-                    self._draw_batch(module, folder, left)
+                    write = self._draw_batch(module, folder, left)
+                    if before is not None:
+                        before.result()
+                    before = writer.submit(write)
                 drawn += len(left)
                 bar.update(len(part))
+            if before is not None:
+                before.result()
         return drawn
 
     def _batches(self) -> Iterator[list[Prompt]]:
@@ -192,24 +200,39 @@ class ImageWriter(Callback):
 
     # What ---------------------------------------------------------------------------------------
 
-    def _draw_batch(self, module: PolicyModule, folder: Path, prompts: list[Prompt]) -> None:
-        """Draw, score, choose and write; a picture's row comes last."""
+    def _draw_batch(
+        self, module: PolicyModule, folder: Path, prompts: list[Prompt]
+    ) -> Callable[[], None]:
+        """Draw, score and choose; gives what writes it, which asks nothing of the device."""
         images = self._draw(module, prompts)  # [B, N, 3, H, W]
         repeated = [prompt for prompt in prompts for _ in range(self.candidates)]
         with module.own_random_state(STREAM, prompts[0].index, prompts[0].occurrence):
             scores = ask_each(self.rewards, images.flatten(0, 1), repeated)
+        scores = {name: verdict.to(torch.device("cpu")) for name, verdict in scores.items()}
         seeds = module.noise_seeds(prompts, self.candidates, STREAM)
-        rank = module.global_rank
-        if self.rewards:
-            append_rows(_part(folder / SCORES, rank), self._score_rows(repeated, seeds, scores))
         chosen = self._choose(module, prompts, scores)
-        for image, prompt, choice in zip(images, prompts, chosen, strict=True):
-            self._write_pictures(folder, prompt, image, choice)
         rows = [
             self._manifest_row(prompt, seeds[number * self.candidates + choice])
             | self._choice(scores, number * self.candidates + choice, choice)
             for number, (prompt, choice) in enumerate(zip(prompts, chosen, strict=True))
         ]
+        told = list(self._score_rows(repeated, seeds, scores))
+        batch = list(zip(prompts, images.cpu(), chosen, strict=True))
+        return partial(self._write_batch, folder, module.global_rank, batch, told, rows)
+
+    def _write_batch(
+        self,
+        folder: Path,
+        rank: int,
+        batch: Sequence[tuple[Prompt, Tensor, int]],
+        scores: Sequence[dict[str, Any]],
+        rows: Sequence[dict[str, Any]],
+    ) -> None:
+        """Write scores, pictures and, last, the pictures' rows."""
+        if self.rewards:
+            append_rows(_part(folder / SCORES, rank), scores)
+        for prompt, images, chosen in batch:
+            self._write_pictures(folder, prompt, images, chosen)
         append_rows(_part(folder / MANIFEST, rank), rows)
 
     def _draw(self, module: PolicyModule, prompts: list[Prompt]) -> Tensor:
@@ -229,7 +252,7 @@ class ImageWriter(Callback):
         if self.select is None:
             return [0] * len(prompts)
         ties = [noise_seed(module.seed, STREAM, "ties", p.index, p.occurrence) for p in prompts]
-        totals = scores[self.select].total.cpu().view(-1, self.candidates)
+        totals = scores[self.select].total.view(-1, self.candidates)
         return choose(totals, uniform_noise(ties, 1)[:, 0])
 
     def _write_pictures(self, folder: Path, prompt: Prompt, images: Tensor, chosen: int) -> None:

@@ -36,12 +36,17 @@ from cotgen_pl.losses import (
     token_statistics,
 )
 from cotgen_pl.metrics import merge_metrics, parity_metrics, peak_memory_gb, reward_metrics
-from cotgen_pl.modules.grpo_settings import check_losses, check_sizes, check_weights
+from cotgen_pl.modules.grpo_settings import (
+    check_losses,
+    check_overlap,
+    check_sizes,
+    check_weights,
+)
 from cotgen_pl.modules.micro_batches import MicroBatchModule, MicroBatchSize
 from cotgen_pl.planning.footprint import PlannedPolicy
 from cotgen_pl.planning.work import PlannedWork, grpo_work
 from cotgen_pl.sampling import LogprobMode, forced_logits
-from cotgen_pl.scoring import ask
+from cotgen_pl.scoring import Questions, questions
 
 DeadGroups = Literal["keep", "mask", "resample"]
 MAX_REDRAWS = 4  # of a group without signal under `resample`; DAPO's own bound is a setting
@@ -69,6 +74,9 @@ class GRPOModule(MicroBatchModule):
             T2I-R1 has 8.
         drawn_at_once: Images of a process that are drawn together, whole groups; their key-value
             cache is memory. Absent means its whole rollout.
+        scores_while_drawing: Have each part of `drawn_at_once` images scored while the next one is
+            drawn: for rewards behind a server or on another device. Scores of the others may round
+            otherwise.
         micro_batch_size: Images per forward and backward pass in updates; absent means a process's
             whole rollout, `auto` as many as the device's memory is planned to hold.
         updates_per_rollout: Optimizer steps on each rollout; above 1, old log-probs are replayed
@@ -111,6 +119,7 @@ class GRPOModule(MicroBatchModule):
         images_per_update: int = 128,
         group_size: int = 4,
         drawn_at_once: int | None = None,
+        scores_while_drawing: bool = False,
         micro_batch_size: MicroBatchSize = None,
         updates_per_rollout: int = 1,
         logprobs: LogprobMode = "guided",
@@ -132,6 +141,7 @@ class GRPOModule(MicroBatchModule):
         super().__init__(policy, optimizer, lr_scheduler, guidance, temperature, seed)
         self.automatic_optimization = False
         check_sizes(images_budget, images_per_update, group_size, drawn_at_once)
+        check_overlap(scores_while_drawing, drawn_at_once)
         check_positive(updates_per_rollout=updates_per_rollout)
         self.take_micro_batch_size(micro_batch_size)
         check_choice("dead_groups", dead_groups, DeadGroups)
@@ -141,6 +151,7 @@ class GRPOModule(MicroBatchModule):
         self.reward = reward
         self.images_budget, self.images_per_update = images_budget, images_per_update
         self.group_size, self.drawn_at_once = group_size, drawn_at_once
+        self.scores_while_drawing = scores_while_drawing
         self.logprobs = logprobs
         self.updates_per_rollout = updates_per_rollout
         self.kl_coef, self.kl_penalty = kl_coef, kl_penalty
@@ -250,11 +261,11 @@ class GRPOModule(MicroBatchModule):
     def _draw_and_score(
         self, prompts: list[Prompt], first_copy: int
     ) -> tuple[Tensor, Tensor, Scores]:
-        with self.phase("rollout"):
-            tokens, logprobs, images = self._draw_pictures(prompts, first_copy)
-        with self.phase("reward"):
-            repeated = [prompt for prompt in prompts for _ in range(self.group_size)]
-            scores = ask(self.reward, images, repeated)
+        with questions(self.reward, while_drawing=self.scores_while_drawing) as asked:
+            with self.phase("rollout"):
+                tokens, logprobs = self._draw_pictures(prompts, first_copy, asked)
+            with self.phase("reward"):
+                scores = asked.scores()
         most_missing = None if first_copy else self.most_missing  # groups drawn again may be few
         check_scores(scores, len(tokens), self.reward.name, most_missing=most_missing)
         for name, seconds in scores.seconds.items():
@@ -264,17 +275,19 @@ class GRPOModule(MicroBatchModule):
         return tokens, logprobs, scores
 
     def _draw_pictures(
-        self, prompts: list[Prompt], first_copy: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, log-probs and pictures of a group per prompt, `drawn_at_once` at a time."""
+        self, prompts: list[Prompt], first_copy: int, asked: Questions
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs of a group per prompt, `drawn_at_once` at a time."""
         number = (self.drawn_at_once or self.images_per_update) // self.group_size
         drawn = []
         for start in range(0, len(prompts), number):
             part = prompts[start : start + number]
             tokens, logprobs = self.draw(part, self.group_size, "rollout", first_copy)
-            drawn.append((tokens, logprobs, self.policy.decode(tokens)))
-        tokens, logprobs, images = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        return tokens, logprobs, images
+            drawn.append((tokens, logprobs))
+            repeated = [prompt for prompt in part for _ in range(self.group_size)]
+            asked.put(self.policy.decode(tokens), repeated)
+        tokens, logprobs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return tokens, logprobs
 
     def _with_penalty(self, scores: Scores, rollout: Rollout) -> Scores:
         """The verdict with the divergence from the start policy as one more, negative part."""

@@ -42,6 +42,15 @@ def check_sizes(budget: int, per_update: int, group_size: int, at_once: int | No
         )
 
 
+def check_overlap(scores_while_drawing: bool, at_once: int | None) -> None:
+    """Raise a ValueError where a rollout is drawn as one part, so that nothing overlaps."""
+    if scores_while_drawing and at_once is None:
+        raise ValueError(
+            "expected drawn_at_once beside scores_while_drawing: true, got none; set it to the "
+            "images that are drawn, and then scored, together"
+        )
+
+
 def check_weights(kl_penalty: float, gradient_clip: float | None) -> None:
     """Raise a ValueError for a weight or a limit below 0."""
     if not kl_penalty >= 0:

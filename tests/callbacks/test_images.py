@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cotgen_pl.files import read_rows
 from cotgen_pl.interfaces import Reward, Scores
 from cotgen_pl.layouts import OFFICIAL_COPIES, read_picture
 from cotgen_pl.pixels import round_to_bytes
+from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import (
     TEXTS,
     Brightness,
@@ -281,6 +283,41 @@ def test_a_killed_run_goes_on(tiny_janus, tmp_path, monkeypatch):
     predict(tiny_janus, tmp_path / "killed", **settings)
     assert contents(folder) == contents(whole)
     assert (folder / "000000_0000.png").stat().st_mtime_ns == first.st_mtime_ns
+
+
+def test_a_batch_is_written_while_the_next_is_drawn(tiny_janus, tmp_path, monkeypatch):
+    begun, waited = threading.Event(), []
+    write, decode = ImageWriter._write_batch, JanusPolicy.decode
+
+    def slow_write(*arguments):
+        if not begun.is_set():
+            waited.append(second.wait(20))
+        begun.set()
+        write(*arguments)
+
+    second = threading.Event()
+    calls = []
+
+    def noted(policy, tokens):
+        calls.append(len(tokens))
+        if len(calls) == 2:
+            second.set()
+        return decode(policy, tokens)
+
+    monkeypatch.setattr(ImageWriter, "_write_batch", slow_write)
+    monkeypatch.setattr(JanusPolicy, "decode", noted)
+    folder = predict(tiny_janus, tmp_path, batch_size=2)
+    assert waited == [True] and len(calls) > 1
+    assert len(rows_of(folder)) == sum(calls)
+
+
+def test_a_picture_that_cannot_be_written_stops_the_run(tiny_janus, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ImageWriter, "_write_batch", full)
+    with pytest.raises(OSError, match="no space left"):
+        predict(tiny_janus, tmp_path)
 
 
 def test_a_finished_folder_is_left_as_it_is(tiny_janus, tmp_path):

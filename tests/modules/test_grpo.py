@@ -1,6 +1,7 @@
 """GRPO on a tiny random Janus, in float64: what is learnt from, what is logged, what is refused."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cotgen_pl.losses import group_advantages, token_logprobs
 from cotgen_pl.modules.grpo import GRPOModule
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.rewards.ensemble import Ensemble
-from cotgen_pl.scoring import ask
+from cotgen_pl.scoring import Questions, ask
 from tests.toys import (
     Brightness,
     Fixed,
@@ -195,11 +196,63 @@ def test_groups_drawn_one_by_one_make_the_same_rollout(tiny_janus, monkeypatch):
             tiny_janus, images_per_update=12, images_budget=12, drawn_at_once=at_once
         )
         module.configure_model()
-        rollouts.append(module._draw_pictures(numbered_prompts(3), 0))
+        asked = Questions(module.reward, None)
+        drawn_then = module._draw_pictures(numbered_prompts(3), 0, asked)
+        rollouts.append((*drawn_then, torch.cat(asked.images)))
     assert drawn == [3, 1, 1, 1, 2, 1]
     for other in rollouts[1:]:
         assert torch.equal(other[0], rollouts[0][0])
         torch.testing.assert_close(other[1:], rollouts[0][1:])
+
+
+def test_parts_are_scored_while_the_next_is_drawn(tiny_janus, tmp_path, monkeypatch):
+    events = []
+
+    class Noted(Brightness):
+        def score(self, images, prompts):
+            scored.wait(10)  # until the next part is being drawn
+            events.append(("scored", len(images)))
+            return super().score(images, prompts)
+
+    draw, scored = GRPOModule.draw, threading.Event()
+
+    def noted(module, prompts, *arguments, **settings):
+        if events:
+            scored.set()
+        events.append(("drawn", len(prompts)))
+        return draw(module, prompts, *arguments, **settings)
+
+    monkeypatch.setattr(GRPOModule, "draw", noted)
+    module = make_grpo(tiny_janus, Noted(), drawn_at_once=4, scores_while_drawing=True)
+    fit(module, tmp_path)
+    assert scored.is_set() and events[0] == ("drawn", 1)
+    assert ("drawn", 1) in events[1:3] and "scored" in {events[1][0], events[2][0]}
+    assert events[3] == ("scored", 4)
+
+
+def test_scoring_while_drawing_changes_no_number(tiny_janus, tmp_path):
+    rows = []
+    for overlaps in (False, True):
+        module = make_grpo(tiny_janus, Brightness(), drawn_at_once=4, scores_while_drawing=overlaps)
+        rows.append(fit(module, tmp_path).logger.rows[1])
+    clocks = ("perf/", "train/skipped")
+    plain, overlapped = (
+        {name: value for name, value in row.items() if not name.startswith(clocks)} for row in rows
+    )
+    assert plain == overlapped and plain["train/reward"] > 0
+    assert {name for name in rows[0] if "reward" in name} == {
+        name for name in rows[1] if "reward" in name
+    }
+
+
+def test_a_reward_that_fails_behind_the_drawing_stops_the_run(tiny_janus, tmp_path):
+    class Failing(Reward):
+        def score(self, images, prompts):
+            raise ValueError("no answer")
+
+    module = make_grpo(tiny_janus, Failing(), drawn_at_once=4, scores_while_drawing=True)
+    with pytest.raises(ValueError, match="no answer"):
+        fit(module, tmp_path)
 
 
 def test_gradients_do_not_wait_out_the_next_rollout(tiny_janus, tmp_path, monkeypatch):
@@ -512,6 +565,7 @@ def test_a_non_finite_gradient_stops_too(tiny_janus, tmp_path, monkeypatch):
         ({"micro_batch_size": 0}, "expected micro_batch_size of 1 or more, got 0"),
         ({"drawn_at_once": 6}, "expected drawn_at_once to be whole groups of 4, got 6"),
         ({"drawn_at_once": 0}, "expected drawn_at_once to be whole groups of 4, got 0"),
+        ({"scores_while_drawing": True}, "expected drawn_at_once beside scores_while_drawing"),
         ({"updates_per_rollout": 0}, "expected updates_per_rollout of 1 or more, got 0"),
         ({"guidance": 0.5}, "expected guidance of 1"),
         ({"temperature": 0.0}, "expected temperature above 0, got 0.0"),
