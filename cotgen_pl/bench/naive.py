@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from cotgen_pl.decoding.eager import StaticCache
+from cotgen_pl.decoding.eager import CACHE, StaticCache
 from cotgen_pl.losses import combined_advantages, grpo_loss, token_statistics
 from cotgen_pl.sampling import LogprobMode, guide, uniform_noise
 
@@ -270,8 +270,8 @@ class NaiveStep:
             inputs_embeds=embedded.to(body.norm.weight.dtype),
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         ).last_hidden_state
         if self.habits.text_head:
             model.lm_head(hidden.to(model.lm_head.weight.dtype))

@@ -36,7 +36,7 @@ from cotgen_pl.checkpoints import (
     recognise_template,
     token_id,
 )
-from cotgen_pl.decoding.eager import EagerDrawing, StaticCache
+from cotgen_pl.decoding.eager import CACHE, EagerDrawing, StaticCache
 from cotgen_pl.decoding.fused import FusedDrawing, start_drawing
 from cotgen_pl.decoding.masks import read_behind, read_from_the_start
 from cotgen_pl.decoding.settings import DecodingSettings
@@ -254,8 +254,8 @@ class JanusPolicy(Policy):
             inputs_embeds=embedded,
             attention_mask=seen,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE: cache},
         ).last_hidden_state
 
     @contextmanager

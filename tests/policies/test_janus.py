@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration, JanusProcessor
 
 from cotgen_pl.adapters import LoraSettings
+from cotgen_pl.decoding.eager import CACHE
 from cotgen_pl.decoding.settings import DecodingSettings
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.sampling import sample_tokens
@@ -261,7 +262,7 @@ def test_only_image_positions_reach_the_head_and_no_layer_is_kept(janus_folder):
     assert head_shapes == [(3, policy.num_tokens, 64)]
     [output] = outputs
     assert output.hidden_states is None
-    assert output.past_key_values is None
+    assert getattr(output, CACHE) is None
 
 
 @pytest.mark.parametrize(
