@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cotgen_pl.origin import find_commit
 from cotgen_pl.policies.janus import JanusPolicy
+from cotgen_pl.sharded_checkpoints import load_parts
 from tests.toys import write_prompts
 from tools import build_shapes
 from tools.main import CommandLine, SaveRunConfig, main
@@ -107,7 +108,8 @@ def depends_on_the_clock(metric: str) -> bool:
 
 
 def read_checkpoint(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    content = torch.load(folder / "checkpoints" / name, weights_only=True)
+    path = folder / "checkpoints" / name
+    content = load_parts(path, None) if path.is_dir() else torch.load(path, weights_only=True)
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "progress", "random_state")
     return {key: content[key] for key in kept} | {"global_step": content["global_step"]}
 

@@ -21,6 +21,7 @@ from tests.test_resumed_rounds import settings_of as settings_of_rounds
 
 KILLS = 20  # at random moments: half of them of one process, half of two
 LONGEST_S = 90.0  # until the processes of a killed one are gone
+STRATEGIES = ("ddp", "configs/strategies/fsdp.yaml")  # of two processes, in turn
 
 STAGES = {  # what is called, how often until the kill, whether it was done by then
     "sampling": ("cotgen_pl.policies.janus.JanusPolicy.step", 40, False),
@@ -136,12 +137,15 @@ class Two:
         repository: Root of the checkout.
         config: What they run.
         folder: Of the run.
+        strategy: A name of Lightning's, or a file.
         restarts: What the launcher says of it.
     """
 
-    def __init__(self, repository: Path, config: Path, folder: Path, restarts: int = 0) -> None:
+    def __init__(
+        self, repository: Path, config: Path, folder: Path, strategy: str, restarts: int = 0
+    ) -> None:
         command = [sys.executable, "tools/main.py", "fit", "--config", str(config)]
-        command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        command += ["--trainer.devices", "2", "--trainer.strategy", strategy]
         command += ["--trainer.default_root_dir", str(folder)]
         around = {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
         around["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
@@ -169,16 +173,23 @@ class Two:
 
 @pytest.fixture(scope="module")
 def whole_two(tiny_janus, repository, tmp_path_factory):
-    """The config, the folder of a run of two processes, and the seconds of its training."""
-    folder = tmp_path_factory.mktemp("two")
-    settings, config = settings_of(tiny_janus, folder), folder / "run.yaml"
-    settings["model"]["init_args"] |= {"images_budget": 64, "images_per_update": 8}
-    config.write_text(yaml.safe_dump(settings))
-    run = Two(repository, config, folder / "run")
-    run.wait_for_training()
-    started = time.monotonic()
-    assert run.wait() == 0, run.output.read_text()[-3000:]
-    return config, folder / "run", time.monotonic() - started
+    """For a strategy: the config, the folder of an unharmed run, and its training's seconds."""
+    known: dict[str, tuple[Path, Path, float]] = {}
+
+    def give(strategy: str) -> tuple[Path, Path, float]:
+        if strategy not in known:
+            folder = tmp_path_factory.mktemp("two")
+            settings, config = settings_of(tiny_janus, folder), folder / "run.yaml"
+            settings["model"]["init_args"] |= {"images_budget": 64, "images_per_update": 8}
+            config.write_text(yaml.safe_dump(settings))
+            run = Two(repository, config, folder / "run", strategy)
+            run.wait_for_training()
+            started = time.monotonic()
+            assert run.wait() == 0, run.output.read_text()[-3000:]
+            known[strategy] = config, folder / "run", time.monotonic() - started
+        return known[strategy]
+
+    return give
 
 
 def assert_same_but_for_rounding(folder: Path, unharmed: Path) -> None:
@@ -202,9 +213,10 @@ def assert_same_but_for_rounding(folder: Path, unharmed: Path) -> None:
 def test_one_or_both_of_two_killed_at_a_random_moment_go_on_bit_for_bit(
     whole_two, repository, tmp_path, number
 ):
-    config, unharmed, seconds = whole_two
+    strategy = STRATEGIES[number % 2]
+    config, unharmed, seconds = whole_two(strategy)
     moments, folder = random.Random(100 + number), tmp_path / "run"
-    run = Two(repository, config, folder)
+    run = Two(repository, config, folder, strategy)
     run.wait_for_training()
     ranks = run.processes()
     assert len(ranks) == 2
@@ -217,7 +229,7 @@ def test_one_or_both_of_two_killed_at_a_random_moment_go_on_bit_for_bit(
     for process in left:
         process.kill()
     assert not left, "a process waits for one that is dead"
-    again = Two(repository, config, folder, restarts=1)
+    again = Two(repository, config, folder, strategy, restarts=1)
     assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
     assert_same_but_for_rounding(folder, unharmed)
 
@@ -226,9 +238,9 @@ def test_one_or_both_of_two_killed_at_a_random_moment_go_on_bit_for_bit(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_of_which_one_is_told_to_stop_save_and_go_on(whole_two, repository, tmp_path, rank):
     """As a launcher does that tells one process, or all at different moments."""
-    config, unharmed, _ = whole_two
+    config, unharmed, _ = whole_two("ddp")
     folder = tmp_path / "run"
-    run = Two(repository, config, folder)
+    run = Two(repository, config, folder, "ddp")
     run.wait_for_training()
     ranks = run.processes()
     ranks[rank].send_signal(signal.SIGTERM)
@@ -236,6 +248,6 @@ def test_two_of_which_one_is_told_to_stop_save_and_go_on(whole_two, repository, 
     assert run.wait() != 0
     assert "stopped as asked; go on with --ckpt_path last" in run.output.read_text()
     assert read_checkpoint(folder)["progress"]["rollouts"] < 8
-    again = Two(repository, config, folder, restarts=1)
+    again = Two(repository, config, folder, "ddp", restarts=1)
     assert again.main.wait(200) == 0, again.output.read_text()[-3000:]
     assert_same_but_for_rounding(folder, unharmed)
