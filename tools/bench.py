@@ -39,7 +39,7 @@ from cotgen_pl.bench.measuring import (
     reset_peak,
     time_alternately,
 )
-from cotgen_pl.bench.naive import pad_left
+from cotgen_pl.bench.naive import Habits, pad_left
 from cotgen_pl.bench.report import Row, as_json, describe_machine, format_found
 from cotgen_pl.bench.roofline import Load, Machine, Network, Work, phase_works
 from cotgen_pl.bench.scoring import measure_scoring, read_reward
@@ -51,6 +51,7 @@ from cotgen_pl.bench.steps import (
     MeasuredGRPO,
     compare_steps,
     naive_step,
+    peers_for,
     run_in_trainer,
 )
 from cotgen_pl.data.prompts import PromptFile, read_prompts
@@ -212,7 +213,7 @@ def measure_update(own: argparse.Namespace, machine: Machine, folder: Path) -> d
 
 def measure_step(own: argparse.Namespace, machine: Machine, folder: Path) -> dict[str, Any]:
     """Whole steps, in turns with the naive one and its variants."""
-    names = [OURS, *PEERS] if own.against else [OURS]
+    names = [OURS, *(peers_for(own.habits) if own.against else [])]
     # First, while this process holds no model: each of the others loads one.
     memory = {name: measure_apart(own, name) for name in names}
     found: dict[str, Any] = {}
@@ -322,6 +323,13 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
     parser.add_argument("--reward", default="configs/rewards/shapes_broad.yaml", help="its YAML")
     parser.add_argument("--against", choices=AGAINST.values(), help="what to compare with")
+    parser.add_argument(
+        "--habits",
+        nargs="*",
+        choices=Habits.names(),
+        default=Habits.names(),
+        help="of the naive step, to be switched on alone; without a name, none is",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed runs after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32")

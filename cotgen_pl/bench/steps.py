@@ -139,21 +139,28 @@ def naive_step(module: GRPOModule, prompts: list[Prompt], habits: Habits) -> Nai
 
 
 def compare_steps(timings: Mapping[str, Timing], memory: Mapping[str, int]) -> dict[str, Any]:
-    """How ours compares with the naive step, and what each habit adds to the one without any.
+    """How ours compares with the naive step, and what each habit adds to the step without any.
 
     Args:
-        timings: Of ours and of all `PEERS`.
+        timings: Of ours and of `peers_for` some habits.
         memory: Bytes of each over loading.
     """
-    without = timings[NO_HABIT].median
-    return {
+    found: dict[str, Any] = {
         "times_faster": timings[NAIVE].median / timings[OURS].median,
         "share_of_memory": memory[OURS] / memory[NAIVE],
-        "habits": {
+    }
+    habits = [name for name in Habits.names() if name in timings]
+    if habits:
+        found["habits"] = {
             name: {
-                "added_time": timings[name].median / without - 1,
+                "added_time": timings[name].median / timings[NO_HABIT].median - 1,
                 "added_memory": memory[name] / memory[NO_HABIT] - 1,
             }
-            for name in Habits.names()
-        },
-    }
+            for name in habits
+        }
+    return found
+
+
+def peers_for(habits: Sequence[str]) -> list[str]:
+    """The naive step, and what tells the share of each of some habits."""
+    return [NAIVE, *([NO_HABIT, *habits] if habits else [])]

@@ -100,6 +100,17 @@ def test_step_against_naive(tiny_janus, tmp_path, monkeypatch, capsys):
     assert "image_per_backward" in capsys.readouterr().out.split("added by each habit")[1]
 
 
+@pytest.mark.parametrize("names", [[], ["text_head"]], ids=str)
+def test_habits_are_left_out(tiny_janus, tmp_path, monkeypatch, names):
+    monkeypatch.setattr(tools.bench, "measure_apart", lambda own, name: 6e6)
+    sizes = ["--path", str(tiny_janus), "--batch", "4", "--group_size", "2", "--repeats", "1"]
+    found = run(tmp_path, "step", "--against", "naive", *sizes, "--habits", *names)
+    without = ["naive without habits", *names] if names else []
+    assert [row["name"] for row in found["rows"]] == ["ours", "naive", *without]
+    assert found["share_of_memory"] == 1
+    assert list(found.get("habits", {})) == names
+
+
 @pytest.mark.parametrize("name", ["ours", "naive"])
 def test_memory_over_loading_takes_two_steps(tiny_janus, monkeypatch, name):
     calls, step_run = [], tools.bench.step_run
