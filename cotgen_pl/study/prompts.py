@@ -70,8 +70,8 @@ def select_prompts(name: str, entry: Mapping[str, Any]) -> tuple[list[Prompt], P
     """The prompts of an entry in the order of its files, and how many were left out why.
 
     Raises:
-        ValueError: The entry has other words, names a category that no prompt has, or asks for more
-            prompts than there are.
+        ValueError: The entry has other words, names a category that no prompt has, weighs a file,
+            or asks for more prompts than there are.
     """
     if not entry.keys() <= ENTRIES or "files" not in entry:
         raise ValueError(
@@ -79,9 +79,9 @@ def select_prompts(name: str, entry: Mapping[str, Any]) -> tuple[list[Prompt], P
             "correct the study's file"
         )
     check_positive(number=entry.get("number"))
-    read = _read_all(entry["files"])
+    read = _read_all(entry["files"], name)
     kept = _of_categories(read, entry["categories"], name) if "categories" in entry else read
-    clean = _without_leaks(kept, _read_all(entry.get("held_out", [])))
+    clean = _without_leaks(kept, _read_all(entry.get("held_out", []), name))
     leaks = len(kept) - len(clean)
     chosen = list(first_by_text(clean).values()) if entry.get("distinct") else clean
     duplicates = len(clean) - len(chosen)
@@ -90,8 +90,15 @@ def select_prompts(name: str, entry: Mapping[str, Any]) -> tuple[list[Prompt], P
     return chosen, PromptCounts(name, len(read), leaks, duplicates, len(chosen))
 
 
-def _read_all(files: Sequence[Mapping[str, Any]]) -> list[Prompt]:
-    return [prompt for file in files for prompt in read_prompts(PromptFile(**file))]
+def _read_all(files: Sequence[Mapping[str, Any]], name: str) -> list[Prompt]:
+    sources = [PromptFile(**file) for file in files]
+    weighted = [source.path for source in sources if source.weight != 1]
+    if weighted:
+        raise ValueError(
+            f"prompts {name}: expected files without weight, got one on {weighted[0]}; each prompt "
+            "is taken once here: weigh the file that is made where a run's data name it"
+        )
+    return [prompt for source in sources for prompt in read_prompts(source)]
 
 
 def _of_categories(prompts: Sequence[Prompt], wanted: Sequence[str], name: str) -> list[Prompt]:

@@ -94,6 +94,12 @@ def test_mistakes_in_an_entry_are_named(files, words, message):
         select_prompts("x", {"files": files} | words)
 
 
+def test_a_weight_is_refused(files):
+    weighted = [files[0] | {"weight": 2.0}, *files[1:]]
+    with pytest.raises(ValueError, match=f"prompts x: .*one on {weighted[0]['path']}"):
+        select_prompts("x", {"files": weighted})
+
+
 def test_kept_prompts_are_read_back_equal(tmp_path):
     """Facts and what is drawn from stay; the part of a complex prompt is such a fact."""
     files = write_compbench(tmp_path, complex_train_action=["The café is open."])
