@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cotgen_pl.interfaces import check_choice
-from cotgen_pl.study.definition import Cell, Group, read_yaml
+from cotgen_pl.study.definition import BASE, Cell, Group, read_yaml
 from cotgen_pl.study.folders import Record, Records, SuiteVerdicts
 from cotgen_pl.study.rows import best_suite, choosing_scores
 from cotgen_pl.study.statistics import (
@@ -281,9 +281,16 @@ def _steps(claim: Claim, records: Records, group: Group) -> dict[str, list[tuple
     for first, second in pairs:
         reward = first.labels["reward"]
         best = _base(records, best_of_score(reward, records.study.judge, claim.best_of))
-        steps[f"{reward}: best of {claim.best_of} less first"] = [(best, _arm(records, first))]
-        steps[f"{reward}: first less second"] = [(_arm(records, first), _arm(records, second))]
+        upper, lower = (_arm(records, cell) for cell in (first, second))
+        steps[f"{reward}: best of {claim.best_of} less {_title(first)}"] = [(best, upper)]
+        steps[f"{reward}: {_title(first)} less {_title(second)}"] = [(upper, lower)]
     return steps
+
+
+def _title(cell: Cell | None) -> str:
+    """Its levels on the axes beside the rewards."""
+    labels = {} if cell is None else cell.labels
+    return ", ".join(label for axis, label in labels.items() if axis != "reward") or BASE
 
 
 Statistic = Callable[[Sequence[int]], float]

@@ -18,7 +18,7 @@ from cotgen_pl.study.definition import Run
 from cotgen_pl.study.entries import NOTHING, Content, Table
 from cotgen_pl.study.folders import Record, Records
 from cotgen_pl.study.page import Block, Code, Points
-from cotgen_pl.study.statistics import SMALLEST_EFFECT
+from cotgen_pl.study.statistics import SMALLEST_EFFECT, judge_claim
 
 # Introduction -----------------------------------------------------------------------------------
 
@@ -78,8 +78,7 @@ def claim_blocks(claims: Sequence[Found]) -> list[Block]:
 def against_paper(claims: Sequence[Found]) -> list[Block]:
     """What the paper says and these runs do not, in so many words."""
     points = [
-        f"The paper: {found.claim.says}. Here {_contradiction(found)}: "
-        f"{'; '.join(_write_intervals(found))}."
+        f"The paper: {found.claim.says}. Here {_contradiction(found)}."
         for found in claims
         if found.finding == "not seen"
     ]
@@ -93,8 +92,17 @@ def against_paper(claims: Sequence[Found]) -> list[Block]:
 
 
 def _contradiction(found: Found) -> str:
-    is_opposite = any(interval.high < 0 for interval in found.intervals.values())
-    return "the opposite is found" if is_opposite else "it is not seen"
+    """The comparisons that contradict a claim, the opposite before what is merely not seen."""
+    intervals = found.intervals
+    opposite = {name for name, interval in intervals.items() if interval.high < 0}
+    unseen = {name for name, interval in intervals.items() if judge_claim(interval) == "not seen"}
+    kept = opposite or unseen
+    lines = [
+        line for name, line in zip(intervals, _write_intervals(found), strict=True) if name in kept
+    ]
+    of_all = f" in {len(kept)} of {len(intervals)} comparisons" if len(intervals) > 1 else ""
+    told = "the opposite is found" if opposite else "it is not seen"
+    return f"{told}{of_all}: {'; '.join(lines)}"
 
 
 def _finding(found: Found) -> str:

@@ -103,5 +103,6 @@ def test_an_order_is_seen_where_each_step_is():
     found = judge(claim_of(test="order", minus=DPO), records_of(low, watched))
     assert found.finding == "seen"
     assert len(found.intervals) == 6
+    assert list(found.intervals)[:2] == ["exact: best of 4 less grpo", "exact: grpo less dpo"]
     found = judge(claim_of(test="order", minus=DPO), records_of(ALL, watched))
     assert found.finding == "not seen"

@@ -141,6 +141,22 @@ def test_contradictions_of_the_paper_are_stated():
     assert [row[-1] for row in table.rows] == ["the paper", "the paper", "ours"]
 
 
+def test_only_what_contradicts_is_told():
+    steps = {
+        "broad: best of 4 less grpo": Interval(0.2, 0.1, 0.3),
+        "broad: grpo less dpo": Interval(-0.1, -0.2, -0.05),
+        "narrow: grpo less dpo": Interval(0.0, -0.01, 0.01),
+    }
+    _, _, points, _ = claim_blocks([Found(claim("A", paper=True), "not seen", steps, 6)])
+    assert points.points == [
+        "The paper: A is so. Here the opposite is found in 1 of 3 comparisons: broad: grpo less "
+        "dpo: -0.100 (-0.200 to -0.050)."
+    ]
+    del steps["broad: grpo less dpo"]
+    _, _, points, _ = claim_blocks([Found(claim("A", paper=True), "not seen", steps, 6)])
+    assert "it is not seen in 1 of 2 comparisons: narrow: grpo less dpo: +0.000" in points.points[0]
+
+
 def test_claims_that_are_not_tested_contradict_nothing():
     told, said, table = claim_blocks([Found(claim("A", paper=True), None)])
     assert told == "Of 1 claims: 1 not tested."
