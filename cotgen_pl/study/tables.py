@@ -34,7 +34,7 @@ from cotgen_pl.study.rows import (
 
 COMPARISONS = {
     "free": "",
-    "growing": " (growing: the prompts are fixed, images grow)",
+    "growing": " (growing: the images grow with it)",
     "controlled": " (controlled: the images are fixed)",
 }
 """What stands behind a group's title."""
