@@ -77,7 +77,7 @@ class Group:
     name: str
     title: str
     comparison: Comparison
-    """`controlled`: equal budgets of images. `growing`: equal prompts, images grow. `free`: what
+    """`controlled`: equal budgets of images. `growing`: images grow, prompts may. `free`: what
     is compared says nothing about images."""
     priority: Priority
     """What may be dropped if time runs short: extras first, then efficiency, `main` never."""
