@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +153,12 @@ def read_study(path: str | Path, quick: bool = False, only: Sequence[str] = ()) 
     kept = _keep_groups(content["groups"], quick, only)
     seeds = seeds[:1] if quick else seeds
     runs: dict[str, Run] = {}
-    groups = {name: _read_group(name, entry, seeds, runs) for name, entry in kept.items()}
+    # All of them, for a run that several share is named by the first, whichever are asked for.
+    everything = {
+        name: _read_group(name, entry, seeds, runs) for name, entry in content["groups"].items()
+    }
+    groups = {name: everything[name] for name in kept}
+    runs = _runs_of(groups, runs)
     base_seeds = tuple(sorted({seed for run in runs.values() for seed in run.seeds}))
     base = Run(BASE, **_run_settings(content[BASE], BASE), seeds=base_seeds, command="validate")
     return Study(
@@ -193,16 +198,29 @@ def _check_names(entry: Mapping[str, Any], known: set[str], needed: set[str], wh
         )
 
 
-def _keep_groups(
-    groups: Mapping[str, Any], quick: bool, only: Sequence[str]
-) -> dict[str, Mapping[str, Any]]:
+def _keep_groups(groups: Mapping[str, Any], quick: bool, only: Sequence[str]) -> list[str]:
     unknown = [name for name in only if name not in groups]
     if unknown:
         raise ValueError(f"expected groups among {', '.join(groups)}, got {unknown}; name those")
-    return {
-        name: group
+    return [
+        name
         for name, group in groups.items()
         if (not only or name in only) and (not quick or group.get("priority", "extra") == "main")
+    ]
+
+
+def _runs_of(groups: Mapping[str, Group], runs: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs of some groups with the seeds that these ask for, and what they start from."""
+    wanted: dict[str, dict[int, None]] = {}
+    for cell in (cell for group in groups.values() for cell in group.cells):
+        name = cell.run
+        while name in runs and not wanted.get(name, {}).keys() >= set(cell.seeds):
+            wanted.setdefault(name, {}).update(dict.fromkeys(cell.seeds))
+            name = runs[name].starts_from or ""
+    return {
+        name: replace(run, seeds=tuple(wanted[name]))
+        for name, run in runs.items()
+        if name in wanted
     }
 
 
@@ -260,7 +278,7 @@ def _add_run(runs: dict[str, Run], run: Run) -> str:
     for name, other in runs.items():
         if other.settings == run.settings:
             seeds = tuple(dict.fromkeys([*other.seeds, *run.seeds]))
-            runs[name] = Run(name, run.config, run.overrides, seeds, starts_from=run.starts_from)
+            runs[name] = replace(other, seeds=seeds)
             return name
     runs[run.name] = run
     return run.name

@@ -96,6 +96,31 @@ def test_mistakes_in_the_file_are_named(tmp_path, changes, message):
         read_study(study_of(tmp_path, **changes))
 
 
+def test_a_shared_run_has_the_same_name_whichever_groups_are_asked_for(tmp_path):
+    whole, part = read_study(study_of(tmp_path)), read_study(study_of(tmp_path), only=["other"])
+    assert part.groups.keys() == {"other"}
+    shared = [c.run for c in part.groups["other"].cells if c.run.startswith("main/")]
+    assert shared and [c.run for c in part.groups["other"].cells] == [
+        c.run for c in whole.groups["other"].cells
+    ]
+    asked_for = {cell.run: cell.seeds for cell in part.groups["other"].cells}
+    assert {name: run.seeds for name, run in part.runs.items() if name != "base"} == asked_for
+
+
+def test_what_a_run_starts_from_comes_along(tmp_path):
+    content = yaml.safe_load(study_of(tmp_path).read_text())
+    first = content["groups"]["main"]
+    started = {"starts_from": "main/dpo-4", "overrides": {"model.init_args.group_size": 2}}
+    content["groups"]["later"] = first | {"axes": {"algorithm": {"dpo": started}}, "num_seeds": 1}
+    content["groups"]["later"]["config"] = "run.yaml"
+    path = tmp_path / "chained.yaml"
+    path.write_text(yaml.safe_dump(content))
+    study = read_study(path, only=["later"])
+    assert study.groups.keys() == {"later"}
+    assert list(study.runs) == ["base", "main/dpo-4", "later/dpo"]
+    assert study.runs["main/dpo-4"].seeds == study.runs["later/dpo"].seeds
+
+
 def test_unknown_groups_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected groups among main, other"):
         read_study(study_of(tmp_path), only=["nothing"])
