@@ -104,8 +104,8 @@ class _Product(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         inputs = hidden.reshape(-1, hidden.shape[-1])
         return (
-            _by_onednn(grad.contiguous(), weight.t().contiguous()) if for_hidden else None,
-            _by_onednn(rows.t().contiguous(), inputs.t().contiguous()) if for_weight else None,
+            _by_onednn(grad, weight.t()) if for_hidden else None,
+            _by_onednn(rows.t(), inputs.t()) if for_weight else None,
             *(rows.sum(0) if wanted else None for wanted in for_bias),
         )
 
