@@ -35,14 +35,15 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
         [..., outputs].
     """
     if weight.is_mkldnn:
-        return _by_onednn(hidden, weight, bias)
+        return _by_onednn(hidden, weight, None if bias is None else bias.contiguous())
     return F.linear(hidden, weight, bias)
 
 
 def pack(weight: Tensor) -> Tensor:
     """A copy of a weight [outputs, inputs] in oneDNN's order where it has one, else itself.
 
-    Read by `product` alone. However few the rows, nothing is brought into order at each call: 2
+    For large ones: a thin one, such as an adapter's, takes longer so. Read by `product` alone.
+    However few the rows, nothing is brought into order at each call: 2
     rows with [2816, 512] take half the time (one core of an AMD EPYC), 256 rows 0.43 of it.
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight) if _has_order(weight) else weight
@@ -51,7 +52,7 @@ def pack(weight: Tensor) -> Tensor:
 def products_on(device: torch.device, *, made_once: bool) -> AbstractContextManager[Any]:
     """Inside of it, `F.linear` of code that is not ours is oneDNN's where that pays.
 
-    Gradients are of first order.
+    Gradients are of first order, and by `backward` or `torch.autograd.grad` alone.
 
     Args:
         device: Elsewhere than on a CPU nothing changes.
@@ -79,7 +80,14 @@ class _OneDNNProducts(TorchFunctionMode):
 def _pays(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     if not _has_order(weight) or hidden.dtype != torch.float32:
         return False
+    if bias is not None and not (bias.shape == weight.shape[:1] and _is_plain(bias)):
+        return False
     return hidden.numel() >= ROWS_THAT_PAY * weight.shape[1]
+
+
+def _is_plain(bias: Tensor) -> bool:
+    """Whether oneDNN, which reads one number behind the other, reads it right."""
+    return bias.dtype == torch.float32 and bias.is_contiguous()
 
 
 def _has_order(weight: Tensor) -> bool:
@@ -87,13 +95,15 @@ def _has_order(weight: Tensor) -> bool:
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.numel() > 0
     if not plain or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return False
-    return torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    is_there = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return is_there and not torch.is_autocast_enabled("cpu")
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+        for_hidden, for_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(hidden if for_weight else None, weight if for_hidden else None)
         return _by_onednn(hidden, weight, bias)
 
     @staticmethod
@@ -102,10 +112,9 @@ class _Product(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         for_hidden, for_weight, *for_bias = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
-        inputs = hidden.reshape(-1, hidden.shape[-1])
         return (
             _by_onednn(grad, weight.t()) if for_hidden else None,
-            _by_onednn(rows.t(), inputs.t()) if for_weight else None,
+            _by_onednn(rows.t(), hidden.flatten(0, -2).t()) if for_weight else None,
             *(rows.sum(0) if wanted else None for wanted in for_bias),
         )
 

@@ -6,7 +6,6 @@ About all pictures of a rollout at its end, or about each part while the next on
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -53,8 +52,14 @@ class Questions:
         self.answers: list[Future[Scores]] = []
 
     def put(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Add a part: [b, 3, H, W] in [0, 1], and each image's own prompt."""
+        """Add a part: [b, 3, H, W] in [0, 1], and each image's own prompt.
+
+        What went wrong with a part before is raised here.
+        """
         if self.pool is not None:
+            for answer in self.answers:
+                if answer.done():
+                    answer.result()
             self.answers.append(self.pool.submit(_ask_in_thread, self.reward, images, prompts))
             return
         self.images.append(images)
@@ -66,7 +71,9 @@ class Questions:
             return ask(self.reward, torch.cat(self.images), self.prompts)
         answers = [answer.result() for answer in self.answers]
         joined = Scores.join(answers)
-        joined.seconds = dict(sum((Counter(answer.seconds) for answer in answers), Counter()))
+        for answer in answers:
+            for name, seconds in answer.seconds.items():
+                joined.seconds[name] = joined.seconds.get(name, 0.0) + seconds
         return joined
 
 
@@ -91,5 +98,5 @@ def _ask_in_thread(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) ->
     # A thread begins with the first GPU as its own, whichever its process uses.
     with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
         scores = ask(reward, images, prompts)
-    check_scores(scores, len(images), reward.name)
+    check_scores(scores, len(images), reward.name, most_missing=None)  # of all parts, later
     return scores

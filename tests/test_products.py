@@ -48,6 +48,37 @@ def test_rows_that_are_not_next_to_each_other_are_read_right():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "bias", [make(1).expand(40), make(80)[::2], make(40, 3)[:, 0], make(1), make(1, 40)], ids=str
+)
+def test_a_bias_that_lies_otherwise_is_read_right(bias):
+    hidden, weight = make(MANY, 24), make(40, 24)
+    with products_on(CPU, made_once=True):
+        found = F.linear(hidden, weight, bias)
+    torch.testing.assert_close(found, F.linear(hidden, weight, bias))
+    if bias.shape == (40,):
+        torch.testing.assert_close(product(hidden, pack(weight), bias), found)
+
+
+@pytest.mark.parametrize("trains", ["hidden", "weight"])
+def test_only_what_a_gradient_needs_is_kept(trains):
+    hidden, weight = make(MANY, 24), make(40, 24)
+    (hidden if trains == "hidden" else weight).requires_grad_()
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor
+    )
+    with products_on(CPU, made_once=True), hooks:
+        F.linear(hidden, weight)
+    assert kept == [weight.shape if trains == "hidden" else hidden.shape]
+
+
+def test_torchs_own_switch_is_obeyed():
+    weight = make(40, 24)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert pack(weight) is weight
+
+
 def test_only_what_is_asked_for_has_a_gradient():
     hidden, weight = make(MANY, 24), make(40, 24).requires_grad_()
     with products_on(CPU, made_once=True):

@@ -102,6 +102,46 @@ def test_a_wrong_answer_about_a_part_is_named(monkeypatch):
             asked.scores()
 
 
+def test_a_part_without_a_verdict_is_for_the_whole_to_judge(monkeypatch):
+    reward = Slow()
+    values = iter([0.5, float("nan")])
+    monkeypatch.setattr(
+        reward,
+        "score",
+        lambda images, prompts: Scores.single("slow", torch.full((2,), next(values))),
+    )
+    with questions(reward, while_drawing=True) as asked:
+        for _ in range(2):
+            asked.put(IMAGES, PROMPTS)
+        total = asked.scores().total
+    assert total.isnan().tolist() == [False, False, True, True]
+
+
+def test_a_failure_is_told_with_the_next_part(monkeypatch):
+    reward = Slow()
+
+    def fail(images, prompts):
+        raise ValueError("the server is gone")
+
+    monkeypatch.setattr(reward, "score", fail)
+    with (
+        pytest.raises(ValueError, match="the server is gone"),
+        questions(reward, while_drawing=True) as asked,
+    ):
+        asked.put(IMAGES, PROMPTS)
+        time.sleep(0.3)
+        asked.put(IMAGES, PROMPTS)
+        pytest.fail("went on drawing")
+
+
+def test_seconds_of_nothing_are_kept(monkeypatch):
+    reward = Slow()
+    reward.told = {"cached": 0.0}
+    with questions(reward, while_drawing=True) as asked:
+        asked.put(IMAGES, PROMPTS)
+        assert asked.scores().seconds == {"cached": 0.0}
+
+
 def test_what_nobody_waits_for_is_not_asked(monkeypatch):
     reward, started = Slow(), []
 

@@ -327,8 +327,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--habits",
         nargs="*",
         choices=Habits.names(),
-        default=Habits.names(),
-        help="of the naive step, to be switched on alone; without a name, none is",
+        help="of the naive step, to be switched on alone; all unless said, and none without a name",
     )
     parser.add_argument("--repeats", type=int, default=5, help="timed runs after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
@@ -336,9 +335,20 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="a file to write all numbers to")
     own = parser.parse_args(arguments)
     own.batch = BATCHES[own.phase] if own.batch is None else own.batch
+    check_habits(own)
     own.group_size = GROUP_SIZES[own.phase] if own.group_size is None else own.group_size
     check_arguments(own)
     return own
+
+
+def check_habits(own: argparse.Namespace) -> None:
+    """Fill in all habits, or raise a ValueError where there is no step to have them."""
+    if own.habits is not None and own.against != "naive":
+        raise ValueError(
+            f"expected --habits beside step --against naive, got it beside {own.phase}; leave it "
+            "out, or measure that step"
+        )
+    own.habits = Habits.names() if own.habits is None else own.habits
 
 
 def check_arguments(own: argparse.Namespace) -> None:

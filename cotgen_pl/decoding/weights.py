@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cotgen_pl.products import pack, product
 
@@ -21,7 +22,7 @@ class Projection(NamedTuple):
     """x W' + bias, and x down' up' where there are adapters."""
 
     weight: Tensor
-    """[outputs, inputs], packed where that pays."""
+    """[outputs, inputs], packed on a CPU."""
     bias: Tensor | None = None
     """[outputs]."""
     down: Tensor | None = None
@@ -35,7 +36,7 @@ class Projection(NamedTuple):
         projected = product(hidden, self.weight, self.bias)
         if self.down is None or self.up is None:
             return projected
-        return projected + product(product(hidden, self.down), self.up)
+        return projected + F.linear(F.linear(hidden, self.down), self.up)
 
 
 class Layer(NamedTuple):
@@ -175,7 +176,7 @@ def _fuse(
     for base, order, pairs in zip(bases, orders, adapters, strict=True):
         none = weight.new_empty(base.out_features, 0)
         ups.append(order(torch.cat([none, *[up.to(dtype) for _, up in pairs]], 1)))
-    return Projection(pack(weight), bias, pack(torch.cat(downs)), pack(torch.block_diag(*ups)))
+    return Projection(pack(weight), bias, torch.cat(downs), torch.block_diag(*ups))
 
 
 def _active_adapters(linear: Any) -> list[tuple[Tensor, Tensor]]:

@@ -76,7 +76,7 @@ class GRPOModule(MicroBatchModule):
             cache is memory. Absent means its whole rollout.
         scores_while_drawing: Have each part of `drawn_at_once` images scored while the next one is
             drawn: for rewards behind a server or on another device. Scores of the others may round
-            otherwise.
+            otherwise. `perf/reward_s` is then what is waited for them.
         micro_batch_size: Images per forward and backward pass in updates; absent means a process's
             whole rollout, `auto` as many as the device's memory is planned to hold.
         updates_per_rollout: Optimizer steps on each rollout; above 1, old log-probs are replayed

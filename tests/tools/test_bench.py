@@ -100,6 +100,11 @@ def test_step_against_naive(tiny_janus, tmp_path, monkeypatch, capsys):
     assert "image_per_backward" in capsys.readouterr().out.split("added by each habit")[1]
 
 
+def test_habits_without_the_naive_step_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected --habits beside step --against naive, got it"):
+        run(tmp_path, "rollout", "--habits", "text_head")
+
+
 @pytest.mark.parametrize("names", [[], ["text_head"]], ids=str)
 def test_habits_are_left_out(tiny_janus, tmp_path, monkeypatch, names):
     monkeypatch.setattr(tools.bench, "measure_apart", lambda own, name: 6e6)
