@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from cotgen_pl.study.definition import Run
 from cotgen_pl.study.entries import NOTHING, Content, Table
 from cotgen_pl.study.folders import Record, Records
 from cotgen_pl.study.page import Block, Code, Points
-from cotgen_pl.study.statistics import SMALLEST_EFFECT, judge_claim
+from cotgen_pl.study.statistics import SMALLEST_EFFECT, Interval, judge_claim
 
 # Introduction -----------------------------------------------------------------------------------
 
@@ -113,9 +114,15 @@ def _write_intervals(found: Found) -> list[str]:
     """A line for each comparison; the name of the only one says nothing."""
     named = len(found.intervals) > 1
     return [
-        f"{f'{name}: ' if named else ''}{i.mean:+.3f} ({i.low:+.3f} to {i.high:+.3f})"
-        for name, i in found.intervals.items()
+        f"{f'{name}: ' if named else ''}{_write_interval(interval)}"
+        for name, interval in found.intervals.items()
     ] or [NOTHING]
+
+
+def _write_interval(interval: Interval) -> str:
+    if isnan(interval.mean):
+        return "undefined: over all seeds there is no gain to halve, or nothing to rank"
+    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 # What is missing --------------------------------------------------------------------------------

@@ -34,13 +34,18 @@ def judge_claim(interval: Interval, smallest: float = SMALLEST_EFFECT) -> Findin
     """Whether a claim that something is above 0 is seen, by its interval.
 
     Seen: the interval lies above 0 and the mean is at least `smallest`. Not seen: its upper bound
-    lies below `smallest`. Else unclear; so is an interval that is not known.
+    lies below `smallest`. Else unclear; so is an interval that is not known, and one around no
+    number, such as what half of a gain took where nothing was gained.
 
     >>> judge_claim(Interval(0.05, 0.01, 0.09)), judge_claim(Interval(0.0, -0.01, 0.01))
     ('seen', 'not seen')
     >>> judge_claim(Interval(0.05, -0.01, 0.11)), judge_claim(Interval(0.015, 0.005, 0.025))
     ('unclear', 'unclear')
+    >>> judge_claim(Interval(math.nan, -0.09, -0.05))
+    'unclear'
     """
+    if math.isnan(interval.mean):
+        return "unclear"
     if interval.low > 0 and interval.mean >= smallest:
         return "seen"
     return "not seen" if interval.high < smallest else "unclear"

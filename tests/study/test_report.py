@@ -12,7 +12,7 @@ from cotgen_pl.study.claims import Claim, Found
 from cotgen_pl.study.definition import read_study
 from cotgen_pl.study.report import check_shown, write_report
 from cotgen_pl.study.sections import claim_blocks, missing_blocks
-from cotgen_pl.study.statistics import Interval
+from cotgen_pl.study.statistics import Interval, judge_claim
 from tests.study.made_up import make_study, read_all, study_file
 
 CHROMIUM = next(
@@ -155,6 +155,13 @@ def test_only_what_contradicts_is_told():
     del steps["broad: grpo less dpo"]
     _, _, points, _ = claim_blocks([Found(claim("A", paper=True), "not seen", steps, 6)])
     assert "it is not seen in 1 of 2 comparisons: narrow: grpo less dpo: +0.000" in points.points[0]
+
+
+def test_what_has_no_number_is_unclear_and_says_why():
+    nothing = Interval(float("nan"), -0.08, -0.07)
+    *_, table = claim_blocks([Found(claim("A"), judge_claim(nothing), {"efficiency": nothing}, 3)])
+    assert table.rows[0][1] == "unclear"
+    assert table.rows[0][2][0].startswith("undefined: over all seeds there is no gain to halve")
 
 
 def test_claims_that_are_not_tested_contradict_nothing():
