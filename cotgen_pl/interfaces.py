@@ -71,8 +71,18 @@ class Scores:
 
     @classmethod
     def join(cls, batches: Sequence[Scores]) -> Scores:
-        """The verdicts of one reward on consecutive batches, as one; times are not kept."""
+        """The verdicts of one reward on consecutive batches, as one; times are not kept.
+
+        Raises:
+            ValueError: The batches have other parts.
+        """
         first = batches[0]
+        for batch in batches:
+            if batch.parts.keys() != first.parts.keys():
+                raise ValueError(
+                    f"expected the same parts of a reward in each batch, got {sorted(first.parts)} "
+                    f"and {sorted(batch.parts)}; let it give NaN where a part has no verdict"
+                )
         details = None
         if first.details is not None:
             details = [entry for batch in batches for entry in batch.details or []]

@@ -157,3 +157,9 @@ def test_what_nobody_waits_for_is_not_asked(monkeypatch):
             asked.put(IMAGES, PROMPTS)
         raise RuntimeError("out of memory")
     assert len(started) <= 1
+
+
+def test_verdicts_with_other_parts_are_not_joined():
+    parts = Scores.single("one", torch.zeros(1)), Scores.single("other", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"the same parts .* got \['one'\] and \['other'\]"):
+        Scores.join(parts)

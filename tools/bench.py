@@ -1,4 +1,4 @@
-"""How fast is it here? `python tools/bench.py rollout|update|reward|step --size NAME`.
+"""How fast is it here? `python tools/bench.py rollout|growth|update|reward|step --size NAME`.
 
 Times a phase on random weights of a stated size (or on a checkpoint's: --path), warm, several
 times, to the device's last kernel, and holds it to the machine's own limits, which are measured in
@@ -6,12 +6,14 @@ the same run. Nothing is downloaded.
 
   rollout --against transformers   the same weights and prompts through transformers' generate, in
                                    turns, after both drew the same greedy tokens
+  growth                           rollouts of 1, 2, 4 ... up to --batch images, and what memory
+                                   one image more takes, beside what the formula says
   step --against naive             a plain GRPO step (cotgen_pl/bench/naive.py) in turns, and what
                                    each of its habits costs: switched on alone, against the same
                                    step without any
 
-`over load` in the table of `step` is the peak of two steps less the memory after loading, each in a
-fresh process. Prompts are the Shapes world's. The reward of updates and steps is the mean pixel,
+`over load` is the peak less the memory after loading, each in a fresh process: of two steps, or of
+one rollout. Prompts are the Shapes world's. The reward of updates and steps is the mean pixel,
 which costs nothing; `reward` scores random pictures of the size's side.
 """
 
@@ -24,13 +26,15 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cotgen_pl.bench.generate import check_agreement, check_generates, generate_tokens
+from cotgen_pl.bench.arguments import read_arguments
+from cotgen_pl.bench.generate import check_agreement, generate_tokens
 from cotgen_pl.bench.measuring import (
     copy_bandwidth,
     matrix_rate,
@@ -39,15 +43,14 @@ from cotgen_pl.bench.measuring import (
     reset_peak,
     time_alternately,
 )
-from cotgen_pl.bench.naive import Habits, pad_left
+from cotgen_pl.bench.naive import pad_left
 from cotgen_pl.bench.report import Row, as_json, describe_machine, format_found
-from cotgen_pl.bench.roofline import Load, Machine, Network, Work, phase_works
+from cotgen_pl.bench.roofline import Load, Machine, Network, Work, cache_bytes, phase_works
 from cotgen_pl.bench.scoring import measure_scoring, read_reward
-from cotgen_pl.bench.sizes import SIZES, make_weights, write_without_weights
+from cotgen_pl.bench.sizes import SIZES, RandomJanus, write_without_weights
 from cotgen_pl.bench.steps import (
     OURS,
     PEERS,
-    PRECISIONS,
     MeasuredGRPO,
     compare_steps,
     naive_step,
@@ -55,9 +58,9 @@ from cotgen_pl.bench.steps import (
     run_in_trainer,
 )
 from cotgen_pl.data.prompts import PromptFile, read_prompts
-from cotgen_pl.interfaces import Prompt, check_positive, freeze
+from cotgen_pl.interfaces import Prompt, freeze
 from cotgen_pl.policies.janus import JanusPolicy
-from cotgen_pl.sampling import LogprobMode, check_guidance, sample_tokens
+from cotgen_pl.sampling import sample_tokens
 
 if __package__:  # as a module of tools/
     from tools.main import run_command
@@ -65,35 +68,6 @@ else:  # as a script, which has its own folder on the path
     from main import run_command
 
 ASSETS = Path(__file__).resolve().parents[1] / "cotgen_pl" / "shapes" / "assets"
-AGAINST = {"rollout": "transformers", "step": "naive"}
-BATCHES = {"rollout": 16, "update": 16, "reward": 64, "step": 16}
-GROUP_SIZES = {"rollout": 1, "update": 4, "reward": 1, "step": 4}
-
-
-class RandomJanus(JanusPolicy):
-    """A Janus whose weights are made, not read.
-
-    Args:
-        path: A folder with configuration, tokenizer and processor.
-        device: Where they are made.
-        **arguments: Of `JanusPolicy`.
-    """
-
-    def __init__(self, path: str, device: str, **arguments: Any) -> None:
-        super().__init__(path, **arguments)
-        self.weights_device = torch.device(device)
-
-    def load(self) -> JanusPolicy:
-        """Make the weights and decide what trains; a second call does nothing. Returns self."""
-        if self.model is None:
-            tokenizer, dtype = self.processor.tokenizer, getattr(torch, self.dtype)
-            self.model = make_weights(self.config, tokenizer, dtype, self.weights_device)
-            freeze(self.model)
-            self.model.model.vqmodel.float()
-            self._choose_trainable()
-            if self.gradient_checkpointing:
-                self.janus.gradient_checkpointing_enable({"use_reentrant": False})
-        return self.train()
 
 
 # Building -----------------------------------------------------------------------------------------
@@ -123,7 +97,13 @@ def count_work(
     own: argparse.Namespace, policy: JanusPolicy, prompts: Sequence[Prompt]
 ) -> dict[str, Work]:
     """The work of each phase, in the type that is computed in."""
-    load = Load(
+    network = Network.of(policy.janus, getattr(torch, own.dtype).itemsize)
+    return phase_works(network, count_load(own, policy, prompts))
+
+
+def count_load(own: argparse.Namespace, policy: JanusPolicy, prompts: Sequence[Prompt]) -> Load:
+    """How much the whole batch asks."""
+    return Load(
         images=own.batch,
         prompts=len({prompt.text for prompt in prompts}),
         prompt=max(len(policy.prompt_ids(prompt.text)) for prompt in prompts),
@@ -132,8 +112,6 @@ def count_work(
         mode=own.logprobs,
         recompute=own.recompute,
     )
-    network = Network.of(policy.janus, getattr(torch, own.dtype).itemsize)
-    return phase_works(network, load)
 
 
 # Phases -------------------------------------------------------------------------------------------
@@ -173,6 +151,43 @@ def measure_rollout(own: argparse.Namespace, machine: Machine, folder: Path) -> 
     if own.against:
         found["times_faster"] = timings[own.against].median / timings[OURS].median
     return found
+
+
+def measure_growth(own: argparse.Namespace, machine: Machine, folder: Path) -> dict[str, Any]:
+    """Rollouts of ever more images in turns, and the memory of each in a process of its own."""
+    batches = [1 << doublings for doublings in range(own.batch.bit_length())]
+    # First, while this process holds no model: each of the others loads one.
+    memory = [measure_apart(rollout_bytes, own, images) for images in batches]
+    policy = load_to_draw(own, folder)
+    runs = {f"{images} images": partial(draw_distinct, own, policy, images) for images in batches}
+    timings = time_alternately(runs, own.repeats, torch.device(own.device)).items()
+    load = count_load(own, policy, read_shapes_prompts()[: own.batch])
+    network = Network.of(policy.janus, getattr(torch, own.dtype).itemsize)
+    return {
+        "rows": [
+            Row(name, timing, images, policy.num_tokens, extra_bytes=extra)
+            for (name, timing), images, extra in zip(timings, batches, memory, strict=True)
+        ],
+        "memory_per_image_gb": statistics.linear_regression(batches, memory).slope / 1e9,
+        "its_cache_by_formula_gb": cache_bytes(network, load) / load.images / 1e9,
+    }
+
+
+def draw_distinct(own: argparse.Namespace, policy: JanusPolicy, images: int) -> None:
+    """Draw so many images at once, each of a prompt of its own."""
+    texts = [prompt.text for prompt in read_shapes_prompts()[:images]]
+    sample_tokens(policy, texts, guidance=own.guidance, seeds=range(images))
+
+
+def rollout_bytes(own: argparse.Namespace, images: int) -> int:
+    """Bytes of a rollout over those after loading."""
+    device = torch.device(own.device)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = load_to_draw(own, Path(folder))
+        loaded = memory_bytes(device)
+        reset_peak(device)
+        draw_distinct(own, policy, images)
+        return peak_bytes(device)[0] - loaded
 
 
 def load_to_draw(own: argparse.Namespace, folder: Path) -> JanusPolicy:
@@ -215,7 +230,7 @@ def measure_step(own: argparse.Namespace, machine: Machine, folder: Path) -> dic
     """Whole steps, in turns with the naive one and its variants."""
     names = [OURS, *(peers_for(own.habits) if own.against else [])]
     # First, while this process holds no model: each of the others loads one.
-    memory = {name: measure_apart(own, name) for name in names}
+    memory = {name: measure_apart(step_bytes, own, name) for name in names}
     found: dict[str, Any] = {}
 
     def measure(module: MeasuredGRPO, prompts: list[Prompt]) -> None:
@@ -273,14 +288,17 @@ def train(
     )
 
 
-def measure_apart(own: argparse.Namespace, name: str) -> int:
-    """Bytes of a candidate's first two steps over those after loading, in a fresh process."""
+def measure_apart(measure: Callable[..., int], *arguments: object) -> int:
+    """What a function of this file finds in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(extra_bytes, own, name).result()
+        return pool.submit(measure, *arguments).result()
 
 
-def extra_bytes(own: argparse.Namespace, name: str) -> int:
-    """What `measure_apart` does there; from the second step on, Adam's state is there."""
+def step_bytes(own: argparse.Namespace, name: str) -> int:
+    """Bytes of a candidate's first two steps over those after loading.
+
+    From the second step on, Adam's state is there.
+    """
     found: list[int] = []
 
     def measure(module: MeasuredGRPO, prompts: list[Prompt]) -> None:
@@ -298,78 +316,11 @@ def extra_bytes(own: argparse.Namespace, name: str) -> int:
 
 PHASES = {
     "rollout": measure_rollout,
+    "growth": measure_growth,
     "update": measure_update,
     "reward": measure_reward,
     "step": measure_step,
 }
-
-# Command line -------------------------------------------------------------------------------------
-
-
-def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked before anything is built."""
-    parser = argparse.ArgumentParser(description="How fast a phase is here.", allow_abbrev=False)
-    modes = get_args(LogprobMode)
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("phase", choices=PHASES)
-    parser.add_argument("--size", choices=["shapes", *SIZES], default="shapes")
-    parser.add_argument("--path", help="a checkpoint's folder in place of --size")
-    parser.add_argument("--batch", type=int, help=f"images; by default {BATCHES}")
-    parser.add_argument("--group_size", type=int, help=f"of one prompt; by default {GROUP_SIZES}")
-    parser.add_argument("--guidance", type=float, default=5.0, help="1 is none")
-    parser.add_argument("--logprobs", choices=modes, default="conditional", help="that train")
-    parser.add_argument("--micro_batch_size", type=int, help="images per pass in updates")
-    parser.add_argument("--drawn_at_once", type=int, help="images of a rollout, in ours alone")
-    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--reward", default="configs/rewards/shapes_broad.yaml", help="its YAML")
-    parser.add_argument("--against", choices=AGAINST.values(), help="what to compare with")
-    parser.add_argument(
-        "--habits",
-        nargs="*",
-        choices=Habits.names(),
-        help="of the naive step, to be switched on alone; all unless said, and none without a name",
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs after one to warm up")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
-    parser.add_argument("--dtype", choices=PRECISIONS, default="float32")
-    parser.add_argument("--json", type=Path, help="a file to write all numbers to")
-    own = parser.parse_args(arguments)
-    own.batch = BATCHES[own.phase] if own.batch is None else own.batch
-    check_habits(own)
-    own.group_size = GROUP_SIZES[own.phase] if own.group_size is None else own.group_size
-    check_arguments(own)
-    return own
-
-
-def check_habits(own: argparse.Namespace) -> None:
-    """Fill in all habits, or raise a ValueError where there is no step to have them."""
-    if own.habits is not None and own.against != "naive":
-        raise ValueError(
-            f"expected --habits beside step --against naive, got it beside {own.phase}; leave it "
-            "out, or measure that step"
-        )
-    own.habits = Habits.names() if own.habits is None else own.habits
-
-
-def check_arguments(own: argparse.Namespace) -> None:
-    """Raise a ValueError for what cannot be measured."""
-    check_positive(batch=own.batch, group_size=own.group_size, repeats=own.repeats)
-    check_guidance(own.guidance)
-    if own.batch % own.group_size:
-        raise ValueError(
-            f"expected --batch to be a multiple of --group_size {own.group_size}, got "
-            f"{own.batch}; set --group_size to a divisor of it"
-        )
-    if own.against and own.against != AGAINST.get(own.phase):
-        raise ValueError(
-            f"expected --against {AGAINST.get(own.phase, 'to be left out')} beside {own.phase}, "
-            f"got {own.against}; transformers draws and the naive step is whole: use `rollout "
-            "--against transformers` or `step --against naive`"
-        )
-    if own.against == "transformers":
-        check_generates(own.guidance)
-    if own.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("expected a GPU for --device cuda, got none; use --device cpu")
 
 
 def bench(arguments: Sequence[str] | None = None) -> dict[str, Any]:

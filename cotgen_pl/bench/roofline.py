@@ -110,6 +110,12 @@ class Load:
         return self.mode if self.guided else "conditional"
 
 
+def cache_bytes(network: Network, load: Load) -> int:
+    """Keys and values of all images at their end."""
+    sequences = 2 * load.images if load.guided else load.images
+    return sequences * network.position_bytes * (load.prompt + load.tokens)
+
+
 def phase_works(network: Network, load: Load) -> dict[str, Work]:
     """The work of each phase of a step that has one update and a reference."""
     forward = load.images * network.forward_operations(load.prompt + load.tokens)

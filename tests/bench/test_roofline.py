@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cotgen_pl.bench.roofline import Load, Machine, Network, Work, phase_works, rollout_work
+from cotgen_pl.bench.roofline import (
+    Load,
+    Machine,
+    Network,
+    Work,
+    cache_bytes,
+    phase_works,
+    rollout_work,
+)
 from cotgen_pl.bench.sizes import SIZES, make_config
 
 MADE_UP = Network(parameters=1000, layers=2, width=10, cache_width=5, number_bytes=4)
@@ -27,6 +35,11 @@ def test_bytes_of_a_made_up_rollout():
     # steps. The 6 sequences hold 4, 5 and 6 positions.
     assert MADE_UP.position_bytes == 2 * 2 * 5 * 4
     assert rollout_work(MADE_UP, LOAD).moved == 3 * 4000 + 6 * 80 * (4 + 5 + 6)
+
+
+def test_cache_of_a_made_up_rollout():
+    assert cache_bytes(MADE_UP, LOAD) == 6 * 80 * 7
+    assert cache_bytes(MADE_UP, changed(guided=False)) == 3 * 80 * 7
 
 
 def test_operations_of_a_made_up_rollout():

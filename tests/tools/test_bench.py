@@ -9,13 +9,14 @@ import torch
 
 import tools.bench
 from cotgen_pl.bench import measuring
+from cotgen_pl.bench.arguments import read_arguments
 from cotgen_pl.bench.naive import Habits
 from cotgen_pl.bench.scoring import measure_scoring
 from cotgen_pl.bench.sizes import SIZES, Size
 from cotgen_pl.bench.steps import PEERS, compare_steps
 from cotgen_pl.interfaces import Reward, Scores
 from tests.toys import Brightness, numbered_prompts
-from tools.bench import bench, extra_bytes, read_arguments
+from tools.bench import bench, step_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process's memory needs Linux")
 TINY = Size(1, 32, 64, 2, 2, 64, 300, 128, {"channel_multiplier": [1, 1], "base_channels": 32}, {})
@@ -62,6 +63,27 @@ def test_rollout(tiny_janus, tmp_path, capsys):
     assert "of roofline" in shown
 
 
+def test_growth(tiny_janus, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.bench, "measure_apart", lambda measure, own, images: 100 + 7 * images)
+    found = run(tmp_path, "growth", "--path", str(tiny_janus), "--batch", "6", "--repeats", "1")
+    assert [row["name"] for row in found["rows"]] == ["1 images", "2 images", "4 images"]
+    assert found["rows"][2]["images_per_s"] == pytest.approx(4 / found["rows"][2]["median_s"])
+    assert found["rows"][2]["memory_over_loading_gb"] == pytest.approx(128e-9)
+    assert found["memory_per_image_gb"] == pytest.approx(7e-9)
+    assert found["its_cache_by_formula_gb"] > 0
+
+
+def test_memory_of_a_rollout_is_that_over_loading(tiny_janus, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tools.bench, "memory_bytes", lambda device: 300)
+    monkeypatch.setattr(tools.bench, "reset_peak", lambda device: drawn.clear())
+    monkeypatch.setattr(tools.bench, "peak_bytes", lambda device: (1000, 2000))
+    monkeypatch.setattr(tools.bench, "draw_distinct", lambda own, policy, n: drawn.append(n))
+    own = read_arguments(["growth", "--path", str(tiny_janus), "--device", "cpu"])
+    assert tools.bench.rollout_bytes(own, 2) == 700
+    assert drawn == [2]
+
+
 @pytest.mark.skipif(version("transformers").startswith("5.17."), reason="its generate is broken")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rollout_against_transformers(tiny_size, tmp_path, dtype):
@@ -89,7 +111,7 @@ def test_update_of_made_weights(tiny_size, tmp_path, arguments):
 
 def test_step_against_naive(tiny_janus, tmp_path, monkeypatch, capsys):
     bytes_of = {"ours": 5_000_000, "naive": 20_000_000, "naive without habits": 4_000_000}
-    monkeypatch.setattr(tools.bench, "measure_apart", lambda own, name: bytes_of.get(name, 6e6))
+    monkeypatch.setattr(tools.bench, "measure_apart", lambda _, own, name: bytes_of.get(name, 6e6))
     sizes = ["--path", str(tiny_janus), "--batch", "4", "--group_size", "2", "--repeats", "1"]
     found = run(tmp_path, "step", "--against", "naive", *sizes)
     assert [row["name"] for row in found["rows"]] == ["ours", *PEERS]
@@ -107,7 +129,7 @@ def test_habits_without_the_naive_step_are_refused(tmp_path):
 
 @pytest.mark.parametrize("names", [[], ["text_head"]], ids=str)
 def test_habits_are_left_out(tiny_janus, tmp_path, monkeypatch, names):
-    monkeypatch.setattr(tools.bench, "measure_apart", lambda own, name: 6e6)
+    monkeypatch.setattr(tools.bench, "measure_apart", lambda measure, own, name: 6e6)
     sizes = ["--path", str(tiny_janus), "--batch", "4", "--group_size", "2", "--repeats", "1"]
     found = run(tmp_path, "step", "--against", "naive", *sizes, "--habits", *names)
     without = ["naive without habits", *names] if names else []
@@ -128,14 +150,14 @@ def test_memory_over_loading_takes_two_steps(tiny_janus, monkeypatch, name):
         return lambda: (calls.append(arguments[2]), run())
 
     monkeypatch.setattr(tools.bench, "step_run", counted)
-    assert extra_bytes(step_arguments(tiny_janus), name) == 700
+    assert step_bytes(step_arguments(tiny_janus), name) == 700
     assert calls == ["reset", name, name]
 
 
 @pytest.mark.slow
 def test_memory_over_loading_is_of_a_fresh_process(tiny_janus):
     held = torch.ones(100_000_000)  # 400 MB here, none there
-    assert 0 < tools.bench.measure_apart(step_arguments(tiny_janus), "naive") < 200e6
+    assert 0 < tools.bench.measure_apart(step_bytes, step_arguments(tiny_janus), "naive") < 200e6
     del held
 
 
@@ -180,6 +202,7 @@ def test_scoring_tells_how_much_a_batch_matters(reward: Reward, difference):
     ("arguments", "message"),
     [
         (["step", "--batch", "6"], "multiple of --group_size 4, got 6"),
+        (["growth", "--batch", "1"], "expected --batch of 2 or more beside growth, got 1"),
         (["rollout", "--batch", "0"], "expected batch of 1 or more"),
         (["rollout", "--guidance", "0.5"], "expected guidance of 1"),
         (["rollout", "--against", "naive"], "expected --against transformers beside rollout"),
