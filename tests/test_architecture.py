@@ -27,6 +27,7 @@ LAYERS = {
     "adapters": 1,
     "best_of_n": 1,
     "checkpoints": 1,
+    "compiling": 1,
     "decoding": 1,
     "downloads": 1,
     "losses": 1,

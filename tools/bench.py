@@ -47,7 +47,7 @@ from cotgen_pl.bench.naive import pad_left
 from cotgen_pl.bench.report import Row, as_json, describe_machine, format_found
 from cotgen_pl.bench.roofline import Load, Machine, Network, Work, cache_bytes, phase_works
 from cotgen_pl.bench.scoring import measure_scoring, read_reward
-from cotgen_pl.bench.sizes import SIZES, RandomJanus, write_without_weights
+from cotgen_pl.bench.sizes import SIZES, make_weights, write_without_weights
 from cotgen_pl.bench.steps import (
     OURS,
     PEERS,
@@ -68,6 +68,32 @@ else:  # as a script, which has its own folder on the path
     from main import run_command
 
 ASSETS = Path(__file__).resolve().parents[1] / "cotgen_pl" / "shapes" / "assets"
+
+
+class RandomJanus(JanusPolicy):
+    """A Janus whose weights are made, not read.
+
+    Args:
+        path: A folder with configuration, tokenizer and processor.
+        device: Where they are made.
+        **arguments: Of `JanusPolicy`.
+    """
+
+    def __init__(self, path: str, device: str, **arguments: Any) -> None:
+        super().__init__(path, **arguments)
+        self.weights_device = torch.device(device)
+
+    def load(self, *, empty: bool = False) -> JanusPolicy:
+        """Make the weights, `empty` or not, and decide what trains; a second call does nothing."""
+        if self.model is None:
+            tokenizer, dtype = self.processor.tokenizer, getattr(torch, self.dtype)
+            self.model = make_weights(self.config, tokenizer, dtype, self.weights_device)
+            freeze(self.model)
+            self.model.model.vqmodel.float()
+            self._choose_trainable()
+            if self.gradient_checkpointing:
+                self.janus.gradient_checkpointing_enable({"use_reentrant": False})
+        return self.train()
 
 
 # Building -----------------------------------------------------------------------------------------

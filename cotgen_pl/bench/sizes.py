@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from cotgen_pl.interfaces import freeze
-from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.shapes.checkpoint import IMAGE, build_tokenizer, initialise_janus, save_processor
 
 
@@ -111,29 +109,3 @@ def make_weights(config: Any, tokenizer: Any, dtype: torch.dtype, device: torch.
             return initialise_janus(config, tokenizer)
     finally:
         torch.set_default_dtype(before)
-
-
-class RandomJanus(JanusPolicy):
-    """A Janus whose weights are made, not read.
-
-    Args:
-        path: A folder with configuration, tokenizer and processor.
-        device: Where they are made.
-        **arguments: Of `JanusPolicy`.
-    """
-
-    def __init__(self, path: str, device: str, **arguments: Any) -> None:
-        super().__init__(path, **arguments)
-        self.weights_device = torch.device(device)
-
-    def load(self, *, empty: bool = False) -> JanusPolicy:
-        """Make the weights, `empty` or not, and decide what trains; a second call does nothing."""
-        if self.model is None:
-            tokenizer, dtype = self.processor.tokenizer, getattr(torch, self.dtype)
-            self.model = make_weights(self.config, tokenizer, dtype, self.weights_device)
-            freeze(self.model)
-            self.model.model.vqmodel.float()
-            self._choose_trainable()
-            if self.gradient_checkpointing:
-                self.janus.gradient_checkpointing_enable({"use_reentrant": False})
-        return self.train()

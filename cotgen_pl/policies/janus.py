@@ -36,6 +36,7 @@ from cotgen_pl.checkpoints import (
     recognise_template,
     token_id,
 )
+from cotgen_pl.compiling import Compiled
 from cotgen_pl.decoding.eager import CACHE, EagerDrawing, StaticCache
 from cotgen_pl.decoding.fused import FusedDrawing, start_drawing
 from cotgen_pl.decoding.masks import read_behind, read_from_the_start
@@ -77,7 +78,7 @@ class JanusPolicy(Policy):
             round to nothing, so it takes an optimizer that rounds by chance:
             `cotgen_pl.optimizers.StochasticAdamW8bit`. With float32, use the trainer's
             `precision: bf16-mixed` to compute in bfloat16.
-        compile: Compile the teacher-forced pass.
+        compile: Compile the teacher-forced pass; where that fails, warn and go on without.
         template: Prompt form; by default read from the checkpoint's own chat template. A Janus-1.3B
             converted by transformers' script carries Janus-Pro's template: name `janus` for it.
         decoding: How pictures are drawn token by token; see `DecodingSettings`.
@@ -154,7 +155,7 @@ class JanusPolicy(Policy):
 
     def _compile(self) -> None:
         if self.compile_forward:
-            self._compiled_body = torch.compile(self._body)
+            self._compiled_body = Compiled(self._body, strict=self.decoding.strict)
 
     def _choose_trainable(self) -> None:
         inner = self.janus.model
@@ -228,8 +229,8 @@ class JanusPolicy(Policy):
         embedded = torch.cat([self._embed_text(ids), self._embed_codes(tokens[:, :-1])], 1)
         mask = nn.functional.pad(mask, (0, tokens.shape[1] - 1), value=True)
         with self._checkpointing():
-            body = self._compiled_body or self._body
-            return body(embedded, *read_from_the_start(mask))[:, -tokens.shape[1] :]
+            hidden = (self._compiled_body or self._body)(embedded, *read_from_the_start(mask))
+        return hidden[:, -tokens.shape[1] :]
 
     def _read_texts_once(self, texts: Rows, index: Tensor, tokens: Tensor) -> Tensor:
         """The same in two passes: over the texts, then over pictures; picture b is of index[b]."""
@@ -372,8 +373,7 @@ class JanusPolicy(Policy):
         shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
         twin = copy.deepcopy(self, shared)
         twin._compile()  # a compiled function is not copied: it would still read this policy
-        freeze(twin)
-        return twin
+        return freeze(twin)
 
     def blocks(self) -> list[nn.Module]:
         """The language model's layers."""

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+import warnings
 import weakref
 from pathlib import Path
 
@@ -572,6 +573,35 @@ def test_compiled_pass_is_the_plain_one(
         assert own.grad is None or (own.grad - other.grad).abs().max() < tolerance
     assert greedy_tokens(policy).tolist() == greedy_tokens(plain).tolist()
     torch.compiler.reset()
+
+
+def without_a_compiler(graph, inputs):
+    raise RuntimeError("no compiler")
+
+
+@torch.no_grad()
+def test_what_cannot_be_compiled_runs_plain_with_one_warning(janus_folder, monkeypatch):
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: original(f, backend=without_a_compiler))
+    plain, policy = load(janus_folder), load(janus_folder, compile=True)
+    tokens = random_tokens(policy, 3)
+    with pytest.warns(UserWarning, match="could not be compiled .*no compiler.* compile: false"):
+        logits = policy.logits(PROMPTS, tokens)
+    assert torch.allclose(logits, plain.logits(PROMPTS, tokens), atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy.logits(PROMPTS, tokens)
+
+
+@torch.no_grad()
+def test_strict_refuses_what_cannot_be_compiled(janus_folder, monkeypatch):
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: original(f, backend=without_a_compiler))
+    policy = load(janus_folder, compile=True, decoding=DecodingSettings(strict=True))
+    with pytest.raises(
+        ValueError, match="expected to compile the teacher-forced pass, got: .*no c"
+    ):
+        policy.logits(PROMPTS, random_tokens(policy, 3))
 
 
 @torch.no_grad()
