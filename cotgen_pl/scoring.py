@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
     with torch.autocast(images.device.type, enabled=False):
         scores: Scores = reward.score(images, prompts)
     if images.is_cuda:
-        torch.cuda.synchronize(images.device)
+        # Not for the whole device: that is an error while another thread captures a CUDA graph.
+        torch.cuda.current_stream(images.device).synchronize()
     if isinstance(scores, Scores) and not scores.seconds:  # an ensemble has told its members'
         scores.seconds = {reward.name: time.perf_counter() - started}
     return scores
@@ -60,7 +62,11 @@ class Questions:
             for answer in self.answers:
                 if answer.done():
                     answer.result()
-            self.answers.append(self.pool.submit(_ask_in_thread, self.reward, images, prompts))
+            drawn = None
+            if images.is_cuda:
+                drawn = torch.cuda.current_stream(images.device).record_event()
+            question = self.reward, images, prompts, drawn
+            self.answers.append(self.pool.submit(_ask_in_thread, *question))
             return
         self.images.append(images)
         self.prompts.extend(prompts)
@@ -70,6 +76,8 @@ class Questions:
         if self.pool is None:
             return ask(self.reward, torch.cat(self.images), self.prompts)
         answers = [answer.result() for answer in self.answers]
+        for answer in answers:
+            _take_over(answer)
         joined = Scores.join(answers)
         for answer in answers:
             for name, seconds in answer.seconds.items():
@@ -94,9 +102,46 @@ def questions(reward: Reward, *, while_drawing: bool) -> Iterator[Questions]:
         pool.shutdown(cancel_futures=True)
 
 
-def _ask_in_thread(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
-    # A thread begins with the first GPU as its own, whichever its process uses.
-    with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
+def _ask_in_thread(
+    reward: Reward, images: Tensor, prompts: Sequence[Prompt], drawn: torch.cuda.Event | None
+) -> Scores:
+    with _stream_of_rewards(images, drawn):
         scores = ask(reward, images, prompts)
-    check_scores(scores, len(images), reward.name, most_missing=None)  # of all parts, later
+        check_scores(scores, len(images), reward.name, most_missing=None)  # of all parts, later
     return scores
+
+
+@contextmanager
+def _stream_of_rewards(images: Tensor, drawn: torch.cuda.Event | None) -> Iterator[None]:
+    """Compute beside the thread that draws, once pictures are there; nothing on a CPU.
+
+    Neither of the two waits for the other: the default stream would, and a stream that is being
+    captured as a CUDA graph must not see what this thread does.
+    """
+    if drawn is None:
+        yield
+        return
+    # A thread begins with the first GPU as its own, whichever its process uses.
+    with torch.cuda.device(images.device):
+        stream = _reward_stream(images.device)
+        stream.wait_event(drawn)
+        images.record_stream(stream)
+        with torch.cuda.stream(stream):
+            yield
+
+
+@cache
+def _reward_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all rollouts, as memory and libraries' workspaces are kept for each stream.
+
+    Torch has 32 streams, and a 33rd is the first again: made anew, one would soon be the stream
+    that graphs are captured on.
+    """
+    return torch.cuda.Stream(device)
+
+
+def _take_over(scores: Scores) -> None:
+    """Let scores that were computed in the reward's thread be used, and freed, in this one."""
+    for values in (scores.total, *scores.parts.values()):
+        if values.is_cuda:
+            values.record_stream(torch.cuda.current_stream(values.device))

@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cotgen_pl.decoding.graphs import CapturedSteps
+from cotgen_pl.decoding.graphs import step_recorder
 from cotgen_pl.decoding.layers import Memory, decode_step, make_memory, read_prompts
 from cotgen_pl.decoding.prefixes import find_prefixes
-from cotgen_pl.decoding.settings import DecodingSettings, choose_bucket
+from cotgen_pl.decoding.settings import DecodingSettings, buckets_between, choose_bucket
 from cotgen_pl.decoding.weights import Network
 
 
@@ -68,8 +68,9 @@ def start_drawing(
         num_tokens: T.
 
     Returns:
-        Logits of the first token, [R, V], and the batch that goes on from there. It owns all memory
-        that drawing takes, so that an update finds it free.
+        Logits of the first token, [R, V], and the batch that goes on from there. It owns the memory
+        that drawing takes, so that an update finds it free, but for what one captured step computes
+        with: that is kept for the next batch.
     """
     device, longest = network.norm.device, max(map(len, rows))
     settings.check_length(longest, num_tokens)
@@ -79,10 +80,13 @@ def start_drawing(
     cosines, sines = rotary(like.to(device), torch.arange(last, device=device)[None])
     memory = make_memory(network, len(source), images, last, (cosines[0], sines[0]))
     prefixes, index = find_prefixes(rows, device), torch.tensor(source, device=device)
-    memory.start(prefixes, index)
-    logits = read_prompts(network, memory, prefixes, index, embed(prefixes.ids))[index]
     masked = lengths is not None or len(set(map(len, rows))) > 1
     run: Callable[[int], Tensor] = partial(decode_step, network, memory, masked=masked)
-    if settings.path == "graph" and device.type == "cuda":
-        run = CapturedSteps(run, strict=settings.strict)
+    recorder = step_recorder(device) if settings.path == "graph" else None
+    if recorder:
+        # Steps are tried here: they write to the first position, and prompts then write over that.
+        needed = buckets_between(longest + 1, longest + num_tokens, lengths)
+        run = recorder.record(run, needed, strict=settings.strict)
+    memory.start(prefixes, index)
+    logits = read_prompts(network, memory, prefixes, index, embed(prefixes.ids))[index]
     return logits, FusedDrawing(memory, run, longest, lengths)

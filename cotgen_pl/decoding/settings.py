@@ -85,3 +85,8 @@ def choose_bucket(filled: int, lengths: tuple[int, ...] | None) -> int:
     if lengths is None:
         return filled
     return next(length for length in lengths if length >= filled)
+
+
+def buckets_between(first: int, last: int, lengths: tuple[int, ...] | None) -> tuple[int, ...]:
+    """What `choose_bucket` gives while first, ..., last positions are filled, rising."""
+    return tuple(sorted({choose_bucket(filled, lengths) for filled in range(first, last + 1)}))

@@ -9,12 +9,12 @@ from torch import nn
 
 from cotgen_pl.adapters import LoraSettings
 from cotgen_pl.decoding.fused import FusedDrawing
-from cotgen_pl.decoding.graphs import CapturedSteps
+from cotgen_pl.decoding.graphs import StepRecorder
 from cotgen_pl.decoding.settings import DecodingSettings
 from cotgen_pl.decoding.weights import rotation_order, why_unreadable
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.sampling import sample_tokens
-from tests.decoding.test_graphs import Recorder
+from tests.decoding.test_graphs import Recorder, refuse
 
 PROMPTS = ["three green circles", "a striped red circle on the left of a plain blue square", "two"]
 EAGER = DecodingSettings(path="eager")
@@ -122,26 +122,34 @@ def test_a_step_run_twice_gives_the_same_twice(janus_folder):
     first = drawing.step(torch.arange(6))
     state = copy.deepcopy(drawing.memory)
     assert torch.equal(drawing.run(96), first)
-    for name, value in vars(drawing.memory).items():
-        expected = getattr(state, name)
-        pairs = (
-            zip(value, expected, strict=True) if isinstance(value, list) else [(value, expected)]
-        )
-        assert all(torch.equal(own, other) for own, other in pairs), name
+    for (name, own), (_, other) in zip(tensors_of(drawing.memory), tensors_of(state), strict=True):
+        assert torch.equal(own, other), name
+
+
+def record_with(monkeypatch, capture):
+    """Have steps captured on a CPU."""
+    recorder = StepRecorder(capture)
+    monkeypatch.setattr("cotgen_pl.decoding.fused.step_recorder", lambda device: recorder)
+
+
+def tensors_of(memory):
+    """All that a batch remembers, by name."""
+    for name, value in vars(memory).items():
+        parts = value if isinstance(value, list) else [value]
+        yield from ((f"{name}[{number}]", part) for number, part in enumerate(parts))
 
 
 @torch.no_grad()
-def test_a_captured_step_reads_nothing_that_moves(janus_folder):
+def test_a_captured_step_reads_nothing_that_moves(janus_folder, monkeypatch):
     # A graph keeps the addresses of its first run.
     policy = load(janus_folder, decoding=BUCKETS)
     expected, _ = draw(policy, BUCKETS)
+    record_with(monkeypatch, Recorder())
     logits, drawing = policy.prefill(PROMPTS, guided=True, copies=4)
-    held = [drawing.memory.bias, drawing.memory.position, drawing.memory.tokens]
-    before = [tensor.data_ptr() for tensor in [*held, *drawing.memory.keys]]
-    drawing.run = CapturedSteps(drawing.run, strict=True, capture=LastShape())
+    before = [tensor.data_ptr() for _, tensor in tensors_of(drawing.memory)]
     for column in expected[:, :-1].T:
         logits = drawing.step(column)
-    assert [tensor.data_ptr() for tensor in [*held, *drawing.memory.keys]] == before
+    assert [tensor.data_ptr() for _, tensor in tensors_of(drawing.memory)] == before
     policy.decoding = EAGER
     other, cache = policy.prefill(PROMPTS, guided=True, copies=4)
     for column in expected[:, :-1].T:
@@ -149,13 +157,53 @@ def test_a_captured_step_reads_nothing_that_moves(janus_folder):
     assert (logits - other).abs().max() < 1e-4
 
 
-class LastShape(Recorder):
-    """A graph's result has the shape of the step's own."""
+@torch.no_grad()
+def test_capturing_leaves_nothing_in_the_memory(janus_folder, monkeypatch):
+    policy = load(janus_folder, decoding=BUCKETS)
+    expected, plain = policy.prefill(PROMPTS, guided=True, copies=2)
+    capture = Recorder()
+    record_with(monkeypatch, capture)
+    logits, drawing = policy.prefill(PROMPTS, guided=True, copies=2)
+    assert capture.captures
+    assert torch.equal(logits, expected)
+    for (name, own), (_, other) in zip(
+        tensors_of(drawing.memory), tensors_of(plain.memory), strict=True
+    ):
+        assert torch.equal(own, other), name
 
-    def __call__(self, step):
-        self.captures += 1
-        result = step()
-        return lambda: result.copy_(step()), result
+
+def test_all_lengths_of_a_batch_are_captured_before_its_first_step(shipped_folder, monkeypatch):
+    policy = load(shipped_folder)
+    expected, _ = draw(policy, EAGER)
+    capture = Recorder()
+    record_with(monkeypatch, capture)
+    policy.decoding = BUCKETS
+    _, drawing = policy.prefill(PROMPTS, guided=True)
+    filled = range(drawing.filled + 1, drawing.filled + policy.num_tokens)
+    needed = sorted({next(size for size in (24, 40, 96) if size >= each) for each in filled})
+    assert len(needed) > 1 and capture.captures == needed
+    for _ in range(2):
+        assert torch.equal(draw(policy, BUCKETS)[0], expected)
+    assert capture.captures == 3 * needed
+
+
+def test_after_a_failed_capture_the_same_is_drawn_with_one_warning(shipped_folder, monkeypatch):
+    policy = load(shipped_folder)
+    expected, _ = draw(policy, EAGER)
+    record_with(monkeypatch, refuse)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        tokens = [draw(policy, BUCKETS)[0] for _ in range(2)]
+    assert [torch.equal(each, expected) for each in tokens] == [True, True]
+    assert len([each for each in seen if "could not be captured" in str(each.message)]) == 1
+
+
+@pytest.mark.parametrize("path", ["fused", "eager"])
+def test_other_paths_capture_nothing(janus_folder, monkeypatch, path):
+    capture = Recorder()
+    record_with(monkeypatch, capture)
+    draw(load(janus_folder), DecodingSettings(path=path))
+    assert capture.captures == []
 
 
 def test_pairs_of_a_rotation_stand_side_by_side():
