@@ -349,8 +349,8 @@ def test_update_of_the_shipped_model_takes_what_is_planned(
 def test_drawing_takes_what_is_planned(path, precision):
     """Keys, values and the weights to draw with.
 
-    What a step computes in passing is not planned: with keys of so few positions an eighth, with
-    those of Janus-Pro's pictures less than a hundredth.
+    What a step computes in passing is not planned: up to a fifth beside keys of so few positions,
+    less than a hundredth beside those of Janus-Pro's pictures.
     """
     number = 256
     policy = JanusPolicy("cotgen_pl/shapes/assets/janus", decoding=DecodingSettings(path))
