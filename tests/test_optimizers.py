@@ -59,6 +59,23 @@ def test_nearly_all_weights_move_in_a_thousand_steps():
     assert mean == pytest.approx(1000, rel=0.05)
 
 
+@pytest.mark.slow
+def test_small_steps_move_a_whole_layer_of_janus_pro_7b():
+    """One weight of its MLP, 4,096 x 11,008: from the first step on, by what Adam's steps are."""
+    weights = random_weights(4096, 11_008)
+    optimizer = small_steps(weights)
+    start, means = weights.detach().clone(), []
+    for step in range(5):
+        train(optimizer, weights, 1, first=step)
+        moved = weights.detach().float() - start.float()
+        means.append((moved[:, 1::2].mean() - moved[:, ::2].mean()).item() / 2 / LR)
+    assert means == pytest.approx([1, 2, 3, 4, 5], rel=0.03)
+    spacing = 2.0 ** (start.float().abs().log2().floor() - 7)
+    chance = 1 - (1 - LR / spacing).clamp(min=0) ** 5  # of moving once or more
+    share = (weights != start).float().mean().item()
+    assert share == pytest.approx(chance.mean().item(), abs=0.005) and share > 0.12
+
+
 def test_small_steps_are_lost_when_rounded_to_the_nearest():
     weights = random_weights(256, 512)
     share, mean = movement(AdamW8bit([weights], lr=LR, weight_decay=0.0), weights, 100)

@@ -97,6 +97,7 @@ KNOWN_SIZES = {
 }
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
+RATED_PRECISION = "bf16-mixed"  # the trainer's that has the rate of `Device.flops`
 LAUNCH_SECONDS = 0.02  # of all kernels of one token, one by one: an estimate
 
 
@@ -272,6 +273,13 @@ def format_seconds(spent: dict[str, float], policy: PlannedPolicy, work: Planned
     return "\n".join(lines)
 
 
+def why_no_seconds(name: str, precision: str) -> str:
+    """What keeps a plan from telling seconds."""
+    if name not in GPUS:
+        return "on a CPU, whose rates are not known"
+    return f"in {precision}: the rates known are those of bfloat16 products, in {RATED_PRECISION}"
+
+
 def plan_on(
     name: str, policy: PlannedPolicy, work: PlannedWork, own: argparse.Namespace
 ) -> dict[str, Any]:
@@ -283,7 +291,7 @@ def plan_on(
         work = with_largest(policy, work, room, own.images_each)
     planned = memory(policy, work)
     spent = None
-    if device and policy.precision == "bf16-mixed":
+    if device and policy.precision == RATED_PRECISION:
         speed = Speed(device.bandwidth, device.flops, own.bandwidth_share, own.mfu)
         spent = dict(seconds(policy, work, speed))
     phase, most = peak(planned)
@@ -330,7 +338,7 @@ def show(found: dict[str, Any], policy: PlannedPolicy) -> None:
     if found["seconds"]:
         print(format_seconds(found["seconds"], policy, found["work"]))
     else:
-        print("  seconds: not known (planned for bf16-mixed on GPUs alone)")
+        print(f"  seconds: not planned {why_no_seconds(found['gpu'], policy.precision)}")
     if found["communication"]:
         print(format_communication(policy, found["work"]))
     if not found["fits"]:
@@ -355,9 +363,10 @@ def plan(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     own.images_each = resolve_name(config.model.class_path).images_each
     names = own.gpu or ["cpu" if config.trainer.accelerator == "cpu" else "h200"]
     print(f"{own.config} on {own.gpus} GPU{'s' * (own.gpus > 1)}, prompts of {own.prompt_tokens}\n")
-    plans = [plan_on(name, policy, work, own) for name in names]
-    for found in plans:
-        show(found, policy)
+    policies = [replace(policy, device="cpu" if name == "cpu" else "cuda") for name in names]
+    plans = [plan_on(name, on, work, own) for name, on in zip(names, policies, strict=True)]
+    for found, on in zip(plans, policies, strict=True):
+        show(found, on)
     if own.json:
         rows = [found | {"work": asdict(found["work"])} for found in plans]
         own.json.write_text(json.dumps({"config": own.config, "plans": rows}, indent=2) + "\n")

@@ -72,6 +72,7 @@ class PolicyModule(FiniteSteps, ParallelModule):
         self.seconds: dict[str, float] = defaultdict(float)
         self.write_pictures: Callable[[], int] | None = None
         """What `predict` does, and how many pictures that made; `ImageWriter` sets it."""
+        self.pictures_at_once = 0  # that `predict` draws; set likewise
         self.before_drawing: list[Callable[[str], Any]] = []
         """Called with the stream before pictures are drawn; callbacks add to it."""
         self._start_weights: dict[str, Tensor] = {}

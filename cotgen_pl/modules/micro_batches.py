@@ -1,4 +1,4 @@
-"""`micro_batch_size: auto`, and the refusal of a run that its GPU has no room for.
+"""`micro_batch_size: auto`, and the refusal of a run, or of drawing, that has no room on its GPU.
 
 What modules that learn in micro-batches share; the formulas are `cotgen_pl.planning.work`'s.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from cotgen_pl.planning.footprint import PlannedPolicy, read_sizes
 from cotgen_pl.planning.work import (
     CPU_SHARE,
     GPU_SHARE,
+    OptimizerMemory,
     PlannedWork,
     check_room,
     images_at_once,
@@ -36,7 +38,8 @@ class MicroBatchModule(PolicyModule):
     """A module that learns in micro-batches, whose size it may have to find.
 
     The size is decided once, before the policy's weights load, from its sizes and the device's
-    total memory; it goes into checkpoints, and a resumed run goes on with it on any machine.
+    total memory; it goes into checkpoints, and a resumed run goes on with it on any machine that
+    has room for it.
     """
 
     images_each = 1
@@ -66,8 +69,10 @@ class MicroBatchModule(PolicyModule):
         reward = getattr(self, "reward", None)
         if reward is not None:
             freeze(reward.load())  # first: what cannot be found is found out before the long wait
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        if self._trainer is not None and self.trainer.state.fn == "fit":
             self._fit_into_memory(reward)
+        elif self._trainer is not None:
+            self._check_drawing(reward)
         super().configure_model()
 
     def _fit_into_memory(self, reward: Reward | None) -> None:
@@ -89,11 +94,48 @@ class MicroBatchModule(PolicyModule):
         else:
             check_room(memory(policy, work), total_memory(device))
 
+    def _check_drawing(self, reward: Reward | None) -> None:
+        """Refuse what `validate` or `predict` draws at once where a GPU has no room for it."""
+        device: torch.device = self.trainer.strategy.root_device
+        callbacks = images_at_once(self.trainer.callbacks)  # type: ignore[attr-defined]
+        images = self.pictures_at_once or callbacks["evaluated"]
+        policy = self._planned_policy() if device.type == "cuda" and images else None
+        if policy is None:
+            return
+        planned = memory(policy, self._drawing_work(policy, images, reward))
+        check_room(
+            {phase: planned[phase] for phase in ("rollout", "reward")},
+            total_memory(device),
+            f"draw fewer than {images} pictures at once: batch_size of the callback that draws",
+        )
+
+    def _drawing_work(
+        self, policy: PlannedPolicy, images: int, reward: Reward | None
+    ) -> PlannedWork:
+        """What drawing without training asks of each process."""
+        return PlannedWork(
+            drawn=images,
+            draws=1,
+            learnt=0,
+            micro_batch=0,
+            guided=self.guidance != 1,
+            logprobs="conditional",
+            twin=self.needs_reference and not policy.lora_rank,
+            replays=0,
+            optimizer=OptimizerMemory(0.0, 0.0),
+            reward=held_bytes(reward),
+            reward_stays=not getattr(reward, "offload", False),
+            processes=self.trainer.world_size if self.sharding else 1,  # without gradients to join
+            gather="rollout" if self.sharding else None,  # callbacks gather all they draw with
+        )
+
     def _planned_policy(self) -> PlannedPolicy | None:
         config = getattr(self.policy, "config", None)
         if getattr(config, "model_type", None) != "janus":
             return None
-        return PlannedPolicy.read(read_sizes(config), self.policy, str(self.trainer.precision))
+        device = self.trainer.strategy.root_device.type
+        sizes, precision = read_sizes(config), str(self.trainer.precision)
+        return PlannedPolicy.read(sizes, self.policy, precision, device)
 
     def _work(self, policy: PlannedPolicy, reward: Reward | None) -> PlannedWork | None:
         return self.planned_work(
@@ -110,11 +152,29 @@ class MicroBatchModule(PolicyModule):
         self, policy: PlannedPolicy, work: PlannedWork, total: float, device: torch.device
     ) -> int:
         """The smallest of all processes' sizes."""
-        room = total * GPU_SHARE
-        if device.type != "cuda":  # one memory for all processes of the machine
-            room = total * CPU_SHARE / (self.trainer.world_size / self.trainer.num_nodes)
+        room = self._own_share(total, device) * (GPU_SHARE if device.type == "cuda" else CPU_SHARE)
         size = largest_micro_batch(policy, work, room, self.images_each)
         return int(self.gather(torch.tensor([size], device=device)).min())
+
+    def _own_share(self, total: float, device: torch.device) -> float:
+        """A GPU's memory, or this process's part of the one memory of all on its machine."""
+        if device.type == "cuda":
+            return total
+        return total / (self.trainer.world_size / self.trainer.num_nodes)
+
+    def _check_stored(self, size: int) -> None:
+        """Refuse a checkpoint's size, found on another device, that this one has no room for."""
+        policy, device = self._planned_policy(), self.trainer.strategy.root_device
+        work = self._work(policy, getattr(self, "reward", None)) if policy else None
+        if policy is None or work is None:
+            return  # `auto` was refused before
+        images = min(size * self.images_each, work.learnt)
+        check_room(
+            memory(policy, replace(work, micro_batch=images)),
+            self._own_share(total_memory(device), device),
+            f"the checkpoint's micro-batches of {size} were found on a device with more memory; "
+            f"set model.init_args.micro_batch_size to a number, here {self.micro_batch_size}",
+        )
 
     # Telling and keeping ------------------------------------------------------------------------
 
@@ -130,10 +190,16 @@ class MicroBatchModule(PolicyModule):
         checkpoint["micro_batch_size"] = self.micro_batch_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the size of the checkpoint, if it is to be found and there is one."""
+        """Go on with the size of the checkpoint, if it is to be found and there is one.
+
+        Raises:
+            ValueError: This run's device has no room for it.
+        """
         super().on_load_checkpoint(checkpoint)
         stored = checkpoint.get("micro_batch_size")
         if self.finds_micro_batch and stored is not None:
+            if self.trainer.state.fn == "fit":
+                self._check_stored(stored)
             self.micro_batch_size = stored
 
 

@@ -8,11 +8,12 @@ it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from cotgen_pl.decoding.settings import DecodingSettings, choose_bucket
 from cotgen_pl.picture_tokens import PIXELS_PER_DECODE
 
 PROMPT_TOKENS = 32  # a prompt of about 20 words in Janus-Pro's template
@@ -111,19 +112,25 @@ class PlannedPolicy:
     quantize: str | None = None
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
-    drawn_by: str = "graph"
-    """The path that pictures are drawn by."""
+    drawn_by: DecodingSettings = field(default_factory=DecodingSettings)
+    """How pictures are drawn."""
+    device: str = "cuda"
+    """Type of device, `cuda` or `cpu`."""
     prompt_tokens: int = PROMPT_TOKENS
 
     @classmethod
-    def read(cls, sizes: PolicySizes, settings: Any, precision: str) -> PlannedPolicy:
+    def read(
+        cls, sizes: PolicySizes, settings: Any, precision: str, device: str = "cuda"
+    ) -> PlannedPolicy:
         """From a `JanusPolicy`, or from the arguments that a configuration has for it."""
         same = ("dtype", "trained_dtype", "trains", "train_text_embedding", "quantize")
         more = ("gradient_checkpointing", "attention")
         values = {name: getattr(settings, name) for name in (*same, *more)}
         rank = settings.lora.rank if settings.lora else 0
-        path = settings.decoding.path if settings.decoding else "graph"
-        return cls(sizes, str(precision), lora_rank=rank, drawn_by=path, **values)
+        named = settings.decoding or DecodingSettings()  # a configuration's is a namespace
+        buckets = tuple(named.buckets) if named.buckets else None
+        values |= {"drawn_by": DecodingSettings(named.path, buckets), "device": device}
+        return cls(sizes, str(precision), lora_rank=rank, **values)
 
     @property
     def trained(self) -> int:
@@ -183,7 +190,7 @@ class PlannedPolicy:
     def draws_fused(self) -> bool:
         """Whether `cotgen_pl.decoding` reads the layers, by a copy of them."""
         alike = self.sizes.key_width == self.sizes.attention_width
-        return self.drawn_by == "graph" and not self.quantize and alike
+        return self.drawn_by.path != "eager" and not self.quantize and alike
 
     @property
     def drawing_copy(self) -> float:
@@ -197,10 +204,26 @@ class PlannedPolicy:
         """Bytes of keys and values of one position of one sequence."""
         return 2 * self.sizes.layers * self.sizes.key_width * self.compute_bytes
 
+    @property
+    def buckets(self) -> tuple[int, ...] | None:
+        """Positions that fused attention reads up to; None where it reads what is filled."""
+        length = self.prompt_tokens + self.sizes.num_tokens
+        device = torch.device(self.device)
+        return self.drawn_by.bucket_lengths(length, device) if self.draws_fused else None
+
+    def positions_read(self, filled: int) -> int:
+        """Of a sequence, when so many are filled: all of the bucket.
+
+        Buckets that end before a planned prompt's picture are made for shorter prompts.
+        """
+        buckets = self.buckets
+        return choose_bucket(min(filled, buckets[-1]), buckets) if buckets else filled
+
     def cache(self, images: int, guided: bool) -> float:
-        """Bytes of keys and values for images drawn at once: all positions, from the start."""
+        """Bytes of keys and values for images drawn at once: up to the last bucket's end."""
         rows = images * (2 if guided else 1)
-        return rows * self.cache_per_position * (self.prompt_tokens + self.sizes.num_tokens)
+        length = self.buckets[-1] if self.buckets else self.prompt_tokens + self.sizes.num_tokens
+        return rows * self.cache_per_position * length
 
     def decoding(self, images: int) -> float:
         """Bytes while so many pictures are made of their tokens, at float32."""

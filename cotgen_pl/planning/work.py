@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from cotgen_pl.decoding.settings import DecodingSettings
 from cotgen_pl.planning.footprint import PlannedPolicy
 from cotgen_pl.sampling import LogprobMode
 
@@ -23,6 +24,7 @@ OPTIMIZER_TRIAL = 1 << 16  # parameters: enough for 8-bit optimizers, which leav
 GPU_SHARE = 0.9
 # Of a machine's memory, which other programs use too. A choice.
 CPU_SHARE = 0.5
+PRINTS_SAVINGS = "python tools/plan.py CONFIG prints what each setting would save"
 
 # What each process has its part of where weights are divided.
 IN_PARTS = (
@@ -248,12 +250,14 @@ def memory(policy: PlannedPolicy, work: PlannedWork) -> Memory:
 
 
 def drawing(policy: PlannedPolicy, work: PlannedWork, images: int) -> dict[str, float]:
-    """Bytes that go when so many images are drawn. Layers that stay divided are not fused."""
+    """Bytes that go when so many images are drawn."""
+    if work.gather == "step":  # layers that stay divided are not fused
+        policy = replace(policy, drawn_by=DecodingSettings("eager"))
     held = {
         "key-value cache": policy.cache(images, work.guided),
         "decoding pictures": policy.decoding(images),
     }
-    if policy.draws_fused and work.gather != "step":
+    if policy.draws_fused:
         held |= {"weights to draw with": policy.drawing_copy, "copies for autocast": 0.0}
     return held
 
@@ -311,16 +315,15 @@ def largest_micro_batch(
     return math.ceil(units / math.ceil(units / min(fits)))
 
 
-def check_room(planned: Memory, room: float) -> None:
-    """Raise a ValueError with the fullest phase's numbers unless all phases have room."""
+def check_room(planned: Memory, room: float, advice: str = PRINTS_SAVINGS) -> None:
+    """Raise a ValueError with the fullest phase's numbers and advice unless all have room."""
     phase, total = peak(planned)
     if total > room:
         parts = sorted(planned[phase].items(), key=lambda part: -part[1])
         listed = ", ".join(f"{held / 1e9:.3g} GB {name}" for name, held in parts[:5])
         raise ValueError(
             f"expected a run that fits into {room / 1e9:.3g} GB, got one that is planned to take "
-            f"{total / 1e9:.3g} GB in its {phase} ({listed}); python tools/plan.py CONFIG prints "
-            "what each setting would save"
+            f"{total / 1e9:.3g} GB in its {phase} ({listed}); {advice}"
         )
 
 
@@ -339,17 +342,13 @@ class Speed:
     790e12 per second that a large product reaches on an H200."""
 
 
-def decode_bytes(policy: PlannedPolicy, images: int, guided: bool, bucket: int = 1) -> float:
-    """Bytes that one decoding step moves, on average: weights, and all keys and values so far.
+def decode_bytes(policy: PlannedPolicy, images: int, guided: bool) -> float:
+    """Bytes that one decoding step moves, on average: weights, and keys and values so far.
 
-    Args:
-        policy: Draws.
-        images: At once.
-        guided: Two sequences per image.
-        bucket: Positions are read up to the next multiple of this: 1 for exactly those filled.
+    Those up to the end of the bucket where attention reads whole buckets.
     """
     first, number = policy.prompt_tokens + 1, policy.sizes.num_tokens
-    lengths = [math.ceil(length / bucket) * bucket for length in range(first, first + number)]
+    lengths = map(policy.positions_read, range(first, first + number))
     rows = images * (2 if guided else 1)
     read = policy.cache_per_position * rows * sum(lengths) / number
     return policy.weights_read + read

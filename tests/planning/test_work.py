@@ -1,18 +1,15 @@
 """The plan's formulas: by hand, against published sizes, and against what tensors really take."""
 
+import logging
 import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from cotgen_pl.data.prompts import PromptData
-from cotgen_pl.interfaces import Policy
+from cotgen_pl.decoding.settings import DecodingSettings
 from cotgen_pl.losses import logprobs, token_statistics
-from cotgen_pl.modules import micro_batches
-from cotgen_pl.modules.micro_batches import held_bytes, total_memory
 from cotgen_pl.planning import footprint
 from cotgen_pl.planning.footprint import MAPS_PER_DECODE, PlannedPolicy, PolicySizes, read_sizes
 from cotgen_pl.planning.work import (
@@ -32,9 +29,8 @@ from cotgen_pl.planning.work import (
     try_optimizer,
 )
 from cotgen_pl.policies.janus import JanusPolicy
-from cotgen_pl.sampling import forced_logits
-from tests.toys import Brightness, counted_peak, make_dpo, make_grpo, make_trainer, write_prompts
-from tools.main import SaveRunConfig
+from cotgen_pl.sampling import forced_logits, sample_tokens
+from tests.toys import counted_peak
 from tools.plan import KNOWN_SIZES
 
 SMALL = PolicySizes(
@@ -55,6 +51,8 @@ SMALL = PolicySizes(
     side=4,
     decoder_width=2,
 )
+ALIKE = replace(SMALL, key_width=SMALL.attention_width)  # fused layers can read it
+EAGER, FUSED = DecodingSettings("eager"), DecodingSettings("fused")
 ADAM = OptimizerMemory(8.0, 4.0)
 H200 = Speed(4.8e12, 790e12, bandwidth_share=1.0, flops_share=0.45)
 # Of the prediction over what was counted: how far off it may be, up and down.
@@ -99,11 +97,46 @@ def test_cache_by_hand():
     assert replace(policy, precision="32-true").cache(5, guided=False) == 5 * 64 * 7
 
 
+def test_positions_are_those_that_are_allocated_and_read():
+    """Of buckets by fused layers, on a GPU by default; of what is filled elsewhere."""
+    gpu = PlannedPolicy(ALIKE, prompt_tokens=32)  # and pictures of 4
+    assert gpu.buckets == (128,) and gpu.cache(5, guided=True) == 10 * 64 * 128
+    assert decode_bytes(gpu, 5, True) == 2600 + 10 * 64 * 128
+    assert replace(gpu, drawn_by=FUSED).buckets == (128,)
+    assert replace(gpu, prompt_tokens=572).buckets == (128, 256, 384, 512, 640)
+    exact = [replace(gpu, device="cpu"), replace(gpu, drawn_by=EAGER)]
+    exact += [PlannedPolicy(SMALL), replace(gpu, quantize="4bit", lora_rank=2)]
+    for policy in exact:
+        assert policy.buckets is None
+        assert policy.cache(5, guided=True) == 10 * policy.cache_per_position * 36
+        assert policy.positions_read(33) == 33
+    named = replace(gpu, device="cpu", drawn_by=DecodingSettings("graph", (34, 40)))
+    assert [named.positions_read(filled) for filled in (33, 34, 35, 36)] == [34, 34, 40, 40]
+    assert decode_bytes(named, 5, True) == 2600 + 10 * 64 * (34 + 34 + 40 + 40) / 4
+    short = replace(named, drawn_by=DecodingSettings("graph", (30,)))  # for prompts of 26
+    assert short.positions_read(33) == 30 and short.cache(5, guided=True) == 10 * 64 * 30
+    divided = small_work(processes=4, gather="step")
+    assert memory(gpu, divided)["rollout"]["key-value cache"] == 12 * 64 * 36
+
+
+@pytest.mark.parametrize("path", ["graph", "fused", "eager"])
+@pytest.mark.parametrize("buckets", [None, (40, 64)])
+def test_the_cache_that_is_planned_is_the_one_that_is_made(path, buckets):
+    policy = JanusPolicy("cotgen_pl/shapes/assets/janus", decoding=DecodingSettings(path, buckets))
+    policy.load()
+    planned = PlannedPolicy.read(read_sizes(policy.config), policy, "32-true", "cpu")
+    planned = replace(planned, prompt_tokens=len(policy.prompt_ids("a red circle")))
+    memory = policy.prefill(["a red circle"], guided=True, copies=3)[1].memory
+    layers = getattr(memory, "layers", [memory])
+    made = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    held = [tensor for part in made for tensor in (part if isinstance(part, list) else [part])]
+    assert sum(tensor.nbytes for tensor in held) == planned.cache(3, guided=True)
+
+
 def test_a_step_reads_weights_and_filled_positions():
     policy = PlannedPolicy(SMALL, prompt_tokens=3)
     filled = (4 + 5 + 6 + 7) / 4
     assert decode_bytes(policy, 5, True) == 1000 * 2 + 300 * 2 + 10 * 32 * filled
-    assert decode_bytes(policy, 5, True, bucket=4) == 2600 + 10 * 32 * (4 + 8 + 8 + 8) / 4
     float32 = replace(policy, dtype="float32")  # the head is cast at each step: 4 + 2 + 2 bytes
     assert decode_bytes(float32, 5, True) == 1000 * 2 + 300 * 8 + 10 * 32 * filled
 
@@ -124,17 +157,17 @@ def test_phases_by_hand():
 
 def test_fused_layers_draw_with_a_copy_of_the_weights():
     """In the type that is computed in, in place of autocast's; none where they cannot be read."""
-    sizes = replace(SMALL, key_width=SMALL.attention_width)
-    policy = PlannedPolicy(sizes)
+    policy = PlannedPolicy(ALIKE)
     held = memory(policy, small_work(evaluated=6))
-    codes = sizes.codebook_size * sizes.width
+    codes = ALIKE.codebook_size * ALIKE.width
     for phase in ("rollout", "evaluation"):
         assert held[phase]["weights to draw with"] == 2 * (1000 + 300 + codes)
         assert "copies for autocast" not in held[phase]
     assert held["update"]["copies for autocast"] == 2000
     assert "key-value cache" not in held["update"] | held["reference"] | held["optimizer step"]
     assert policy.weights_read == 2 * (1000 + 300)
-    others = [replace(policy, drawn_by="eager"), replace(policy, quantize="4bit", lora_rank=2)]
+    assert memory(replace(policy, drawn_by=FUSED), small_work(evaluated=6)) == held
+    others = [replace(policy, drawn_by=EAGER), replace(policy, quantize="4bit", lora_rank=2)]
     for other in (*others, PlannedPolicy(SMALL)):
         assert "weights to draw with" not in memory(other, small_work())["rollout"]
     divided = memory(policy, small_work(processes=4, gather="step"))
@@ -208,28 +241,28 @@ def test_janus_pro(name, total, weights, position, flop):
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "bucket", "pace"),
+    ("name", "images", "reads", "pace"),
     [
-        ("1B", 1, 1, 3.1),
-        ("1B", 16, 1, 29.3),
-        ("1B", 128, 1, 57.2),
-        ("1B", 128, 128, 48.8),
-        ("1B", 128, 608, 32.2),
-        ("7B", 8, 1, 4.5),
-        ("7B", 64, 1, 16.4),
-        ("7B", 64, 128, 14.6),
-        ("7B", 128, 608, 12.0),
+        ("1B", 1, "filled", 3.1),
+        ("1B", 16, "filled", 29.3),
+        ("1B", 128, "filled", 57.2),
+        ("1B", 128, "by 128", 48.8),
+        ("1B", 128, "all", 32.2),
+        ("7B", 8, "filled", 4.5),
+        ("7B", 64, "filled", 16.4),
+        ("7B", 64, "by 128", 14.6),
+        ("7B", 128, "all", 12.0),
     ],
 )
-def test_images_per_second_at_the_bound(name, images, bucket, pace):
-    moved = decode_bytes(janus_pro(name), images, True, bucket)
-    assert images / (576 * moved / 4.8e12) == pytest.approx(pace, rel=0.01)
-    if bucket == 1:
-        taken = decode_seconds(janus_pro(name), images, True, H200)
-        assert images / taken == pytest.approx(pace, rel=0.01)
+def test_images_per_second_at_the_bound(name, images, reads, pace):
+    """In bfloat16 throughout: so the eager path reads as many bytes of weights as the others."""
+    ways = {"filled": EAGER, "by 128": DecodingSettings(), "all": DecodingSettings("graph", (608,))}
+    policy = janus_pro(name, drawn_by=ways[reads], trained_dtype="bfloat16")
+    taken = decode_seconds(policy, images, True, H200)
+    assert images / taken == pytest.approx(pace, rel=0.01)
 
 
-@pytest.mark.parametrize(("name", "pace"), [("1B", 17.5), ("7B", 4.9)])
+@pytest.mark.parametrize(("name", "pace"), [("1B", 16.1), ("7B", 4.6)])
 def test_whole_step_at_half_the_bandwidth(name, pace):
     work = small_work(drawn=128, learnt=128, replays=2)
     taken = seconds(janus_pro(name), work, replace(H200, bandwidth_share=0.5))
@@ -243,7 +276,9 @@ def test_whole_step_at_half_the_bandwidth(name, pace):
 def test_memory_of_janus_pro(name, adapters, cache, no_recompute):
     policy = janus_pro(name)
     assert replace(policy, lora_rank=16).trained == pytest.approx(adapters, rel=5e-3)
-    assert policy.cache(128, guided=True) == pytest.approx(cache, rel=2e-3)
+    exact = replace(policy, drawn_by=EAGER)
+    assert exact.cache(128, guided=True) == pytest.approx(cache, rel=2e-3)
+    assert policy.cache(128, guided=True) == exact.cache(128, guided=True) / 608 * 640
     low, high = no_recompute
     assert low < policy.sizes.layers * policy.layer_activations < high
 
@@ -260,6 +295,13 @@ def test_sizes_of_the_shipped_model_are_those_of_its_weights():
     frozen = [p for p in policy.parameters() if not p.requires_grad]
     assert planned.trained == sum(p.numel() for p in trained)
     assert planned.frozen_weights == sum(p.nbytes for p in frozen)
+
+
+def hold(what: str, predicted: float, counted: float, lowest: float = WITHIN[0]) -> None:
+    """Log bytes planned and counted (`pytest --log-cli-level INFO`); fail where they differ."""
+    megabytes, ratio = (predicted / 1e6, counted / 1e6), predicted / counted
+    logging.info("%s: planned %.4g MB, counted %.4g MB, ratio %.3f", what, *megabytes, ratio)
+    assert lowest < ratio < WITHIN[1]
 
 
 def statistics(policy, texts, tokens, mode, bonus=False):
@@ -299,7 +341,32 @@ def test_update_of_the_shipped_model_takes_what_is_planned(
     planned = replace(planned, prompt_tokens=len(policy.prompt_ids(texts[0])))
     work = small_work(micro_batch=number, logprobs=mode)
     predicted = number * sum(activations(planned, work).values()) + planned.compute_copy
-    assert WITHIN[0] < predicted / counted < WITHIN[1]
+    hold(f"update, {mode}, {precision}, again {checkpointing}", predicted, counted)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("path", ["graph", "eager"])
+def test_drawing_takes_what_is_planned(path, precision):
+    """Keys, values and the weights to draw with.
+
+    What a step computes in passing is not planned: up to a fifth beside keys of so few positions,
+    less than a hundredth beside those of Janus-Pro's pictures.
+    """
+    number = 256
+    policy = JanusPolicy("cotgen_pl/shapes/assets/janus", decoding=DecodingSettings(path))
+    policy.load()
+
+    def draw():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            texts, seeds = ["a red circle"] * number, list(range(number))
+            sample_tokens(policy, texts, guidance=2.0, temperature=1.0, seeds=seeds)
+
+    draw()
+    planned = PlannedPolicy.read(read_sizes(policy.config), policy, precision, "cpu")
+    planned = replace(planned, prompt_tokens=len(policy.prompt_ids("a red circle")))
+    copied = planned.drawing_copy if planned.draws_fused else planned.compute_copy
+    predicted = planned.cache(number, guided=True) + copied
+    hold(f"drawing, {path}, {precision}", predicted, counted_peak(draw), lowest=0.8)
 
 
 class Linear:
@@ -341,7 +408,8 @@ def test_loss_of_a_large_codebook_takes_what_is_planned(
         (picked.mean() + entropy.mean() * bonus).backward()
 
     predicted = 4 * planned.logits(mode == "guided", 4)
-    assert WITHIN[0] < predicted / counted_peak(update) < WITHIN[1]
+    part = "in parts" if at_once < 1 << 22 else "at once"
+    hold(f"loss, {mode}, {precision}, bonus {bonus}, {part}", predicted, counted_peak(update))
 
 
 def test_pictures_take_what_is_planned_at_the_decoders_own_widths():
@@ -356,8 +424,8 @@ def test_pictures_take_what_is_planned_at_the_decoders_own_widths():
     decoder = JanusVQVAE(config.vq_config).eval()
     with torch.no_grad():
         counted = counted_peak(lambda: decoder.decode(torch.zeros(2, 16, dtype=torch.long)))
-    maps = counted / (2 * 64 * 64 * 128 * 4)  # 2 pictures of 64 px, 128 channels, float32
-    assert WITHIN[0] < MAPS_PER_DECODE / maps < WITHIN[1]
+    maps = 2 * 64 * 64 * 128 * 4  # bytes: 2 pictures of 64 px, 128 channels, float32
+    hold("pictures at 128 channels", MAPS_PER_DECODE * maps, counted)
 
 
 @pytest.mark.parametrize(
@@ -399,111 +467,3 @@ def test_callbacks_are_asked_for_their_batches():
     rounds = SimpleNamespace(pairs=SimpleNamespace(images_per_batch=5))
     found = images_at_once([SimpleNamespace(batch_size=3), rounds, SimpleNamespace(batch_size=4)])
     assert found == {"evaluated": 4, "paired": 5}
-
-
-def test_rewards_are_counted_where_they_hide_their_networks():
-    reward = Brightness()
-    reward.hidden = [torch.nn.Linear(3, 2)]
-    assert held_bytes(reward) == 4 * (3 * 2 + 2)
-    reward.device = "cuda:1"
-    assert held_bytes(reward) == 0
-    assert held_bytes(None) == 0
-
-
-def room_for(folder, images: int, monkeypatch) -> None:
-    """Make the machine as large as a run of `make_grpo` with such micro-batches needs."""
-    policy = JanusPolicy(str(folder), dtype="float64")
-    planned = PlannedPolicy.read(read_sizes(policy.config), policy, "64-true")
-    work = small_work(drawn=8, learnt=8, micro_batch=images, twin=False, replays=0)
-    work = replace(work, optimizer=OptimizerMemory(0, 0), logprobs="guided")
-    total = peak(memory(planned, work))[1] * 1.0001 / micro_batches.CPU_SHARE
-    monkeypatch.setattr(micro_batches, "total_memory", lambda device: total)
-
-
-def test_auto_is_found_once_and_kept_by_a_resumed_run(tiny_janus, tmp_path, monkeypatch, capsys):
-    room_for(tiny_janus, 3, monkeypatch)
-    monkeypatch.setattr("cotgen_pl.planning.footprint.PIXELS_PER_DECODE", 1)
-    data = PromptData([write_prompts(tmp_path)])
-    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-    module = make_grpo(tiny_janus, micro_batch_size="auto", images_budget=16)
-    sizes = []
-    update = module._statistics
-    module._statistics = lambda policy, part: sizes.append(len(part)) or update(policy, part)
-    make_trainer(tmp_path, keep).fit(module, data)
-    assert module.micro_batch_size == 3
-    assert sizes == [3, 3, 2] * 2
-    assert SaveRunConfig._found_out(None, module)["micro_batch_size"] == 3  # run.json
-    assert "micro_batch_size: auto is 3" in capsys.readouterr().out
-    monkeypatch.setattr(micro_batches, "total_memory", lambda device: 1e15)
-    resumed = make_grpo(tiny_janus, micro_batch_size="auto", images_budget=24)
-    make_trainer(tmp_path).fit(resumed, data, ckpt_path=str(tmp_path / "step=2.ckpt"))
-    assert resumed.micro_batch_size == 3
-    fresh = make_grpo(tiny_janus, micro_batch_size="auto")
-    make_trainer(tmp_path / "fresh").fit(fresh, data)
-    assert fresh.micro_batch_size == 8
-
-
-def test_auto_takes_the_smallest_of_all_processes(tiny_janus, monkeypatch):
-    module = make_grpo(tiny_janus, micro_batch_size="auto")
-    cpu = torch.device("cpu")
-    module._trainer = attached(cpu)
-    monkeypatch.setattr(module, "gather", lambda size: torch.cat([size, torch.tensor([5])]))
-    module._fit_into_memory(module.reward)
-    assert module.micro_batch_size == 5
-
-
-def attached(device: torch.device, **more) -> SimpleNamespace:
-    """What a module asks of its trainer."""
-    strategy = SimpleNamespace(root_device=device)
-    usual = {"precision": "32-true", "world_size": 1, "num_nodes": 1, "callbacks": []}
-    return SimpleNamespace(strategy=strategy, **(usual | more))
-
-
-def test_a_gpu_without_room_refuses_before_weights_load(tiny_janus, monkeypatch):
-    module = make_grpo(tiny_janus, micro_batch_size=4)
-    module._trainer = attached(torch.device("cuda"))
-    monkeypatch.setattr(micro_batches, "total_memory", lambda device: 1e6)
-    with pytest.raises(ValueError, match=r"fits into 0.001 GB, got one that is planned"):
-        module._fit_into_memory(module.reward)
-    assert module.policy.model is None
-    monkeypatch.setattr(micro_batches, "total_memory", lambda device: 1e12)
-    module._fit_into_memory(module.reward)
-    assert module.micro_batch_size == 4
-
-
-def test_pairs_are_fitted_in_pairs(tiny_janus, monkeypatch):
-    module = make_dpo(tiny_janus, micro_batch_size="auto")
-    data = SimpleNamespace(pairs_per_update=6)
-    module._trainer = attached(torch.device("cpu"), datamodule=data)
-    monkeypatch.setattr(module, "gather", lambda size: size)
-    module._fit_into_memory(None)
-    assert module.micro_batch_size == 6
-
-
-def test_auto_needs_known_sizes(tiny_janus):
-    class Other(torch.nn.Module):
-        pass
-
-    module = make_grpo(tiny_janus, micro_batch_size="auto")
-    module.policy = Other()
-    module._trainer = attached(torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"expected a JanusPolicy.*got Other.*set a number"):
-        module._fit_into_memory(None)
-    assert not issubclass(Other, Policy)
-
-
-@pytest.mark.parametrize("size", [0, "most"])
-def test_other_sizes_are_refused(tiny_janus, size):
-    with pytest.raises(ValueError, match="expected micro_batch_size"):
-        make_grpo(tiny_janus, micro_batch_size=size)
-
-
-def test_memory_of_this_machine_is_known(monkeypatch, tmp_path):
-    cpu = torch.device("cpu")
-    assert total_memory(cpu) > 1e8
-    limit = tmp_path / "memory.max"
-    limit.write_text("123456789\n")
-    monkeypatch.setattr(micro_batches, "CONTAINER_LIMIT", limit)
-    assert total_memory(cpu) == 123456789
-    limit.write_text("max\n")
-    assert total_memory(cpu) > 123456789

@@ -37,13 +37,13 @@ def test_plans_janus_pro_as_the_experiments_header_says(capsys, tmp_path):
     assert gigabytes(h100, "update", "reference") == pytest.approx(5, abs=0.1)
     assert gigabytes(h100, "update", "frozen weights") == pytest.approx(2, abs=0.2)
     assert gigabytes(h100, "update", "reward") == HPS / 1e9
-    assert gigabytes(h100, "rollout", "key-value cache") == pytest.approx(15, abs=0.5)
+    assert gigabytes(h100, "rollout", "key-value cache") == pytest.approx(16, abs=0.5)
     assert gigabytes(h100, "rollout", "decoding pictures") == pytest.approx(9, abs=0.5)
     assert gigabytes(h100, "evaluation", "start weights") == pytest.approx(5, abs=0.1)
-    assert h100["peak"] == pytest.approx(57e9, abs=1e9) and h100["phase"] == "evaluation"
+    assert h100["peak"] == pytest.approx(58e9, abs=1e9) and h100["phase"] == "evaluation"
     output = capsys.readouterr().out
-    assert "DOES NOT FIT: 57 GB in the evaluation, room 21.6" in output
-    assert "7.32 GB less, 49.6 GB, not enough alone: model.init_args.optimizer: bitsand" in output
+    assert "DOES NOT FIT: 57.8 GB in the evaluation, room 21.6" in output
+    assert "7.32 GB less, 50.4 GB, not enough alone: model.init_args.optimizer: bitsand" in output
     saved = json.loads(file.read_text())["plans"]
     assert [row["gpu"] for row in saved] == ["h100", "rtx4090"]
     assert saved[0]["seconds"] == h100["seconds"]
@@ -78,7 +78,29 @@ def test_plans_the_shapes_world_on_a_cpu(capsys, tmp_path):
     assert found["fits"] and found["seconds"] is None and found["gpu"] == "cpu"
     assert found["micro_batch_images"] == 128  # all of an update: there is room for it
     assert "reward" not in found["memory"]["update"]  # the exact judge has no weights
-    assert "seconds: not known" in capsys.readouterr().out
+    assert "seconds: not planned on a CPU, whose rates are not" in capsys.readouterr().out
+
+
+def test_cache_is_exact_on_a_cpu_and_ends_with_a_bucket_on_a_gpu():
+    decoding = "--model.init_args.policy.init_args.decoding"
+
+    def positions(*arguments):
+        return [
+            found["memory"]["rollout"]["key-value cache"] / (128 * 196_608)
+            for found in plan(["configs/grpo_hps.yaml", *arguments])
+        ]
+
+    assert positions("--gpu", "cpu", "h200") == [608, 640]
+    assert positions(f"{decoding}.path=fused", "--gpu", "cpu", "h200") == [608, 640]
+    assert positions(f"{decoding}.path=eager", "--gpu", "cpu", "h200") == [608, 608]
+    assert positions(f"{decoding}.buckets=[512, 700]", "--gpu", "cpu", "h200") == [700, 700]
+
+
+def test_seconds_are_told_in_the_precision_whose_rates_are_known(capsys):
+    [found] = plan(["configs/grpo_hps.yaml", "--gpu", "h200", "--trainer.precision", "32-true"])
+    assert found["seconds"] is None
+    output = capsys.readouterr().out
+    assert "not planned in 32-true: the rates known are those of bfloat16 products" in output
 
 
 def test_plans_pairs_and_several_gpus():
