@@ -38,12 +38,19 @@ def check_study(
         check_seeds(study.groups[table["group"]], wanted, f"the deviation in table {name}")
     for claim in claims:
         if claim.group in study.groups:
-            group = study.groups[claim.group]
-            claim.check(group)
-            if claim.test in TESTS_OF_CHOICES:
-                check_watched(study, group, settings[BASE], f"the test of claim {claim.name}")
-            if deviates:
-                check_seeds(group, claim.least_seeds, f"the test of claim {claim.name}")
+            check_claim(study, claim, settings[BASE], deviates)
+
+
+def check_claim(study: Study, claim: Claim, base: Settings, deviates: bool) -> None:
+    """The groups of a claim have what its test compares."""
+    group = study.groups[claim.group]
+    minus_group = study.groups.get(claim.minus_group, group)
+    purpose = f"the test of claim {claim.name}"
+    claim.check(group, minus_group)
+    if claim.test in TESTS_OF_CHOICES:
+        check_watched(study, group, base, purpose)
+    for own in (group, minus_group) if deviates else ():
+        check_seeds(own, claim.least_seeds, purpose)
 
 
 def check_choosing(study: Study, settings: Mapping[str, Settings]) -> None:

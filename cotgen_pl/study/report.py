@@ -4,7 +4,7 @@ All of it is made of records: what no run folder holds is not in the report, and
 missing. What is shown is listed in the study's file, each entry with its `group`, with `kind` (a
 function of `tables.py`, `figures.py` or `grids.py`) and with that function's own arguments:
 
-    tables:   suites, domains, rewards, metrics, costs
+    tables:   suites, domains, rewards, metrics, costs, half_gain
     figures:  summary, curves, uplift, best_of_n, levels, comparison, pictures
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cotgen_pl.files import write_whole
-from cotgen_pl.study import figures, grids, tables
+from cotgen_pl.study import efficiency, figures, grids, tables
 from cotgen_pl.study.claims import Found
 from cotgen_pl.study.definition import Study
 from cotgen_pl.study.entries import Illustration, Table
@@ -34,7 +34,14 @@ Maker = Callable[..., Sequence[Table | Illustration]]
 
 TABLES: Mapping[str, Maker] = {
     f.__name__: f
-    for f in (tables.suites, tables.domains, tables.rewards, tables.metrics, tables.costs)
+    for f in (
+        tables.suites,
+        tables.domains,
+        tables.rewards,
+        tables.metrics,
+        tables.costs,
+        efficiency.half_gain,
+    )
 }
 FIGURES: Mapping[str, Maker] = {
     f.__name__: f
@@ -54,7 +61,7 @@ SECTIONS = {
     "Rewards by themselves": ("rewards", "uplift", "best_of_n"),
     "Strategies and variants": ("levels", "domains", "metrics"),
     "Pictures": ("comparison", "pictures"),
-    "Costs": ("costs",),
+    "Costs": ("half_gain", "costs"),
 }
 """Sections by title, with what is shown in them, in this order within each group."""
 COMMON = ("group", "kind", "deviation")

@@ -19,7 +19,7 @@ from cotgen_pl.study.definition import Run
 from cotgen_pl.study.entries import NOTHING, Content, Table
 from cotgen_pl.study.folders import Record, Records
 from cotgen_pl.study.page import Block, Code, Points
-from cotgen_pl.study.statistics import SMALLEST_EFFECT, Interval, judge_claim
+from cotgen_pl.study.statistics import MOST_UNDEFINED, SMALLEST_EFFECT, Interval, judge_claim
 
 # Introduction -----------------------------------------------------------------------------------
 
@@ -45,57 +45,99 @@ def introduction(records: Records) -> list[Block]:
 UNTESTED = "not tested"
 FINDINGS = ("seen", "not seen", "unclear", UNTESTED)
 TEST = (
-    "Each claim and its test were written down before any run. Seen: the 95 % interval (paired by "
-    "seed, resampled over seeds and prompts) lies above 0, and the mean is at least "
-    f"{SMALLEST_EFFECT}. Not seen: its upper end lies below {SMALLEST_EFFECT}. Else unclear. Not "
-    "tested: runs are missing."
+    "What is claimed was written down before any run, but for what is marked as added after the "
+    "runs; how it is tested may have been corrected since, which the CHANGELOG tells. Seen: the "
+    f"95 % interval lies above 0, and the mean is at least {SMALLEST_EFFECT}. Not seen: its upper "
+    f"end lies below {SMALLEST_EFFECT}. Else unclear, and so is what has no number in more than "
+    f"{MOST_UNDEFINED:.0%} of the resamples. The numbers are differences of scores between 0 and "
+    "1 where no other unit stands behind them. Every interval is resampled over seeds and over "
+    "prompts within suite and category, both drawn alike for all that a claim compares, the base "
+    "too, and so paired by seed and prompt. Those of three seeds are too narrow: three seeds have "
+    "only 10 different resamples (six have 462). Not tested: runs are missing."
 )
+UNITS = {
+    "correlation": "in rank correlation",
+    "spread": "in the sample deviation over {over}",
+    "efficiency": "of the largest number of {over}",
+}
+"""What stands behind a test's number, where that is not a score's difference."""
 
 
 def claim_blocks(claims: Sequence[Found]) -> list[Block]:
-    """What was found of each claim, and what of it contradicts the paper."""
+    """What was found of each claim, what of it contradicts the paper, and which controls fail."""
     if not claims:
         return []
     counts = {finding: [_finding(c) for c in claims].count(finding) for finding in FINDINGS}
     told = ", ".join(f"{number} {finding}" for finding, number in counts.items() if number)
     rows: list[list[Content]] = [
-        [
-            found.claim.says,
-            _finding(found),
-            tuple(_write_intervals(found)),
-            found.seeds,
-            "the paper" if found.claim.paper else "ours",
-        ]
+        [found.claim.says, _finding(found), tuple(_numbers(found)), found.seeds, _whose(found)]
         for found in claims
     ]
     columns = ["claim", "finding", "mean (95 % interval)", "seeds", "whose"]
     return [
         f"Of {len(claims)} claims: {told}.",
-        *against_paper([found for found in claims if found.claim.paper]),
+        *surprises(claims),
+        *undecided([found for found in claims if found.claim.paper]),
         Table("claims", "Claims and findings", columns, rows, 1, TEST),
     ]
 
 
-def against_paper(claims: Sequence[Found]) -> list[Block]:
-    """What the paper says and these runs do not, in so many words."""
+def _whose(found: Found) -> str:
+    claim = found.claim
+    marks = ["a control"] * claim.control + ["added after the runs"] * claim.post_hoc
+    return ", ".join(["the paper" if claim.paper else "ours", *marks])
+
+
+def surprises(claims: Sequence[Found]) -> list[Block]:
+    """What the paper says and these runs do not, and the controls that fail, in so many words."""
+    paper = [found for found in claims if found.claim.paper]
+    controls = [found for found in claims if found.claim.control]
+    against = [found for found in paper if found.finding == "not seen"]
+    failing = [found for found in controls if found.finding == "seen"]
+    heads = []
+    if paper:
+        heads.append(
+            f"{len(against)} of the paper's {len(paper)} claims "
+            f"{'is' if len(against) == 1 else 'are'} contradicted here"
+        )
+    if controls:
+        open_ones = sum(found.finding in (None, "unclear") for found in controls)
+        heads.append(
+            f"{len(failing)} of {len(controls)} controls {'fails' if len(failing) == 1 else 'fail'}"
+            f", {open_ones} could not be decided"
+        )
     points = [
-        f"The paper: {found.claim.says}. Here {_contradiction(found)}."
-        for found in claims
-        if found.finding == "not seen"
+        f"The paper: {found.claim.says}. Here {_contradiction(found)}." for found in against
+    ] + [
+        f"Control fails: {found.claim.says}. Here {'; '.join(_numbers(found))}. Gains elsewhere "
+        "may in part be of the same kind."
+        for found in failing
     ]
-    if points:
-        return [f"Against the paper, {len(points)} of its {len(claims)} claims:", Points(points)]
-    is_open = sum(found.finding != "seen" for found in claims)
-    return [
-        f"None of the paper's {len(claims)} claims is contradicted here; {is_open} of them "
-        "could not be decided."
-    ] * bool(claims)
+    if not points:
+        return [f"{'; '.join(heads)}."] * bool(heads)
+    return [f"{'; '.join(heads)}:", Points(points)]
+
+
+def undecided(claims: Sequence[Found]) -> list[Block]:
+    """The paper's claims that these runs neither show nor contradict."""
+    points = [
+        f"The paper: {found.claim.says}. Here {_finding(found)}"
+        f"{f': {told}' if (told := '; '.join(_numbers(found))) != NOTHING else ''}."
+        for found in claims
+        if found.finding not in ("seen", "not seen")
+    ]
+    if not points:
+        return []
+    return [f"Not decided, {len(points)} of the paper's {len(claims)} claims:", Points(points)]
 
 
 def _contradiction(found: Found) -> str:
-    """The comparisons that contradict a claim, the opposite before what is merely not seen."""
+    """The comparisons that contradict a claim, the opposite before what is merely not seen.
+
+    The opposite is found where the negative of the number would be seen.
+    """
     intervals = found.intervals
-    opposite = {name for name, interval in intervals.items() if interval.high < 0}
+    opposite = {name for name, own in intervals.items() if judge_claim(_negative(own)) == "seen"}
     unseen = {name for name, interval in intervals.items() if judge_claim(interval) == "not seen"}
     kept = opposite or unseen
     lines = [
@@ -106,23 +148,34 @@ def _contradiction(found: Found) -> str:
     return f"{told}{of_all}: {'; '.join(lines)}"
 
 
+def _negative(interval: Interval) -> Interval:
+    return Interval(-interval.mean, -interval.high, -interval.low, interval.undefined)
+
+
 def _finding(found: Found) -> str:
     return found.finding or UNTESTED
+
+
+def _numbers(found: Found) -> list[str]:
+    """Its intervals, and what a reader must know of them."""
+    return [*_write_intervals(found), *([found.reason] if found.reason else [])]
 
 
 def _write_intervals(found: Found) -> list[str]:
     """A line for each comparison; the name of the only one says nothing."""
     named = len(found.intervals) > 1
+    unit = UNITS.get(found.claim.test, "").format(over=found.claim.over)
     return [
-        f"{f'{name}: ' if named else ''}{_write_interval(interval)}"
+        f"{f'{name}: ' if named else ''}{_write_interval(interval, unit)}"
         for name, interval in found.intervals.items()
     ] or [NOTHING]
 
 
-def _write_interval(interval: Interval) -> str:
-    if isnan(interval.mean):
-        return "undefined: over all seeds there is no gain to halve, or nothing to rank"
-    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+def _write_interval(interval: Interval, unit: str) -> str:
+    share = f"{interval.undefined:.1%} of the resamples have no number"
+    numbers = f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f}) {unit}".rstrip()
+    told = "no number" if isnan(interval.mean) else numbers
+    return f"{told}, {share}" if interval.undefined else told
 
 
 # What is missing --------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """What finished runs say of claims, on records made up so that the answer is known."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cotgen_pl.study.claims import Claim, best_of_score, judge
+from cotgen_pl.study.arms import best_of_score
+from cotgen_pl.study.claims import Claim, judge
 from cotgen_pl.study.definition import BASE, Cell, Group, Run, Study
 from cotgen_pl.study.folders import Costs, Record, Records, SuiteVerdicts
 
@@ -38,12 +40,16 @@ def records_of(levels, watched=None, seeds=SEEDS) -> Records:
     cells = tuple(Cell({"algorithm": a, "reward": r}, f"main/{a}-{r}", SEEDS) for a, r in levels)
     axes = {"algorithm": ("grpo", "dpo"), "reward": REWARDS}
     group = Group("main", "main", "controlled", "main", axes, cells)
+    lower = tuple(Cell(c.labels, f"lower/{c.labels['algorithm']}", SEEDS) for c in cells)
+    groups = {"main": group, "lower": replace(group, name="lower", cells=lower)}
     runs = {BASE: Run(BASE, "", {}, SEEDS)} | {c.run: Run(c.run, "", {}, SEEDS) for c in cells}
-    study = Study("s", "s", Path("s"), runs, {"main": group}, judge="exact")
+    study = Study("s", "s", Path("s"), runs, groups, judge="exact")
     found = {(BASE, s): record_of(BASE, LEVELS["base"], s, watched) for s in SEEDS}
     for (algorithm, reward), level in levels.items():
         name = f"main/{algorithm}-{reward}"
         found |= {(name, seed): record_of(name, level, seed) for seed in seeds}
+        name = f"lower/{algorithm}"
+        found |= {(name, seed): record_of(name, level - 0.1, seed) for seed in seeds}
     return Records(study, found, ())
 
 
@@ -106,3 +112,44 @@ def test_an_order_is_seen_where_each_step_is():
     assert list(found.intervals)[:2] == ["exact: best of 4 less grpo", "exact: grpo less dpo"]
     found = judge(claim_of(test="order", minus=DPO), records_of(ALL, watched))
     assert found.finding == "not seen"
+
+
+def test_another_group_is_compared_place_by_place():
+    grpo = {"algorithm": "grpo"}
+    found = judge(claim_of(minus_group="lower", minus=grpo), records_of(ALL))
+    assert found.intervals["difference"].mean == pytest.approx(0.1)
+    assert judge(claim_of(minus=grpo), records_of(ALL)).intervals["difference"].mean == 0
+    assert judge(claim_of(minus_group="none", minus=grpo), records_of(ALL)).finding is None
+
+
+def test_another_group_is_for_differences_of_places():
+    groups = records_of(ALL).study.groups
+    wrong = claim_of(minus_group="lower", minus=DPO, test="order")
+    with pytest.raises(ValueError, match="claim c: expected minus_group beside test: difference"):
+        wrong.check(groups["main"], groups["lower"])
+    with pytest.raises(ValueError, match="and minus: base; leave it out"):
+        claim_of(minus_group="lower").check(groups["main"], groups["lower"])
+    absent = claim_of(minus_group="lower", minus={"algorithm": "ppo"})
+    with pytest.raises(ValueError, match="expected places and an axis of group lower"):
+        absent.check(groups["main"], groups["lower"])
+
+
+def spread_of(noise, levels=(0.6, 0.4)):
+    """How far two runs lie apart, each of 4 seeds with 24 prompts that have noise of their own."""
+    records = records_of({("dpo", "exact"): levels[0], ("dpo", "broad"): levels[1]} | {
+        ("grpo", reward): 0.5 for reward in ("exact", "broad")
+    })  # fmt: skip
+    for seed in SEEDS:
+        suite = records.records["main/dpo-exact", seed].suites["far"]
+        suite.graded[:] = levels[0] + noise[seed]
+    claim = claim_of(test="spread", over="reward", of=DPO, minus={"algorithm": "grpo"})
+    return judge(claim, records).intervals["spread"]
+
+
+def test_prompts_count_as_chance_in_every_test():
+    """Noise of prompts that is alike in all seeds has an interval of its own."""
+    quiet = spread_of(NOISE)
+    noise = np.random.default_rng(1).normal(0, 0.1, (24, 1))
+    loud = spread_of(np.tile(noise - noise.reshape(2, 12).mean(1).repeat(12)[:, None], (4, 1, 4)))
+    assert loud.mean == pytest.approx(quiet.mean, abs=0.01)
+    assert loud.high - loud.low > quiet.high - quiet.low + 0.02

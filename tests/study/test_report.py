@@ -106,6 +106,17 @@ def test_run_folder_that_is_gone_takes_its_rows_along(tmp_path):
     assert "narrow,dpo" not in (tmp_path / "report/tables/results-near.csv").read_text()
 
 
+def test_what_half_of_a_gain_took_is_a_table_like_others(tmp_path):
+    entry = {"group": "rounds", "kind": "half_gain", "axis": "rounds", "gain": 0.15}
+    study = make_study(tmp_path / "runs", tables={"halves": entry}, figures={})
+    write_report(read_all(study), [], tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "### Rounds needed for half of the final gain" in text
+    assert "| dpo | in domain | 2 | at most 1<br>seeds: at most 1; at most 1 |" in text
+    seconds = (tmp_path / "report/tables/halves-seconds.csv").read_text()
+    assert "grpo,in domain,2,not reached" in seconds.replace('"', "")
+
+
 def test_study_without_a_finished_run_has_a_report(tmp_path):
     study = read_study(study_file(tmp_path))
     write_report(read_all(study), [], tmp_path / "report")
@@ -127,18 +138,74 @@ def test_what_cannot_be_shown_is_refused(tmp_path, entry, message):
         check_shown(study)
 
 
+OPPOSITE, ABSENT = Interval(-0.04, -0.06, -0.02), Interval(0.0, -0.01, 0.01)
+PRESENT, OPEN = Interval(0.05, 0.01, 0.09), Interval(0.05, -0.01, 0.11)
+
+
+def found(name, interval, **changes):
+    return Found(claim(name, **changes), judge_claim(interval), {"x": interval}, 6)
+
+
 def test_contradictions_of_the_paper_are_stated():
-    opposite = Found(claim("A", paper=True), "not seen", {"x": Interval(-0.04, -0.06, -0.02)}, 6)
-    absent = Found(claim("B", paper=True), "not seen", {"x": Interval(0.0, -0.01, 0.01)}, 6)
-    ours = Found(claim("C"), "not seen", {"x": Interval(-0.04, -0.06, -0.02)}, 6)
-    told, heading, points, table = claim_blocks([opposite, absent, ours])
+    opposite, absent = found("A", OPPOSITE, paper=True), found("B", ABSENT, paper=True)
+    told, heading, points, table = claim_blocks([opposite, absent, found("C", OPPOSITE)])
     assert told == "Of 3 claims: 3 not seen."
-    assert heading == "Against the paper, 2 of its 2 claims:"
+    assert heading == "2 of the paper's 2 claims are contradicted here:"
     assert points.points == [
         "The paper: A is so. Here the opposite is found: -0.040 (-0.060 to -0.020).",
         "The paper: B is so. Here it is not seen: +0.000 (-0.010 to +0.010).",
     ]
     assert [row[-1] for row in table.rows] == ["the paper", "the paper", "ours"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "told"),
+    [
+        (Interval(-0.02, -0.03, -0.01), "the opposite is found"),
+        (Interval(-0.01, -0.015, -0.005), "it is not seen"),  # smaller than the smallest effect
+        (Interval(-0.04, -0.09, 0.01), "it is not seen"),
+    ],
+)
+def test_the_opposite_is_found_where_the_negative_would_be_seen(interval, told):
+    _, _, points, _ = claim_blocks([found("A", interval, paper=True)])
+    assert f"Here {told}: " in points.points[0]
+
+
+def test_what_the_paper_says_and_is_not_decided_is_always_listed():
+    mixed = [
+        found("A", OPPOSITE, paper=True),
+        found("B", OPEN, paper=True),
+        Found(claim("C", paper=True), None),
+        found("D", OPEN),
+        found("E", PRESENT, paper=True),
+    ]
+    _, heading, _, undecided, points, _ = claim_blocks(mixed)
+    assert heading == "1 of the paper's 4 claims is contradicted here:"
+    assert undecided == "Not decided, 2 of the paper's 4 claims:"
+    assert points.points == [
+        "The paper: B is so. Here unclear: +0.050 (-0.010 to +0.110).",
+        "The paper: C is so. Here not tested.",
+    ]
+
+
+def test_a_control_that_fails_stands_beside_the_contradictions():
+    failing = found("R", PRESENT, control=True, post_hoc=True)
+    holding, unknown = found("S", ABSENT, control=True), found("T", OPEN, control=True)
+    against = found("A", OPPOSITE, paper=True)
+    _, heading, points, table = claim_blocks([against, failing, holding, unknown])
+    assert heading == (
+        "1 of the paper's 1 claims is contradicted here; "
+        "1 of 3 controls fails, 1 could not be decided:"
+    )
+    assert [point[:13] for point in points.points] == ["The paper: A ", "Control fails"]
+    assert "Control fails: R is so. Here +0.050 (+0.010 to +0.090)." in points.points[1]
+    assert [row[-1] for row in table.rows] == [
+        "the paper",
+        "ours, a control, added after the runs",
+        *["ours, a control"] * 2,
+    ]
+    _, heading, _ = claim_blocks([holding])
+    assert heading == "0 of 1 controls fail, 0 could not be decided."
 
 
 def test_only_what_contradicts_is_told():
@@ -157,19 +224,31 @@ def test_only_what_contradicts_is_told():
     assert "it is not seen in 1 of 2 comparisons: narrow: grpo less dpo: +0.000" in points.points[0]
 
 
-def test_what_has_no_number_is_unclear_and_says_why():
+def test_what_has_no_number_says_why():
     nothing = Interval(float("nan"), -0.08, -0.07)
-    *_, table = claim_blocks([Found(claim("A"), judge_claim(nothing), {"efficiency": nothing}, 3)])
-    assert table.rows[0][1] == "unclear"
-    assert table.rows[0][2][0].startswith("undefined: over all seeds there is no gain to halve")
+    why = "no final gain to halve: grpo"
+    own = Found(claim("A"), judge_claim(nothing), {"efficiency": nothing}, 3, why)
+    assert claim_blocks([own])[-1].rows[0][1:3] == ["unclear", ("no number", why)]
+
+
+def test_units_and_undefined_resamples_stand_behind_the_numbers():
+    interval = Interval(0.3, 0.1, 0.5, undefined=0.081)
+    words = {"test": "efficiency", "over": "images"}
+    own = Found(claim("A", **words), judge_claim(interval), {"efficiency": interval}, 3)
+    assert claim_blocks([own])[-1].rows[0][1:3] == [
+        "unclear",
+        (
+            "+0.300 (+0.100 to +0.500) of the largest number of images, 8.1% of the resamples "
+            "have no number",
+        ),
+    ]
 
 
 def test_claims_that_are_not_tested_contradict_nothing():
-    told, said, table = claim_blocks([Found(claim("A", paper=True), None)])
+    told, said, _, points, table = claim_blocks([Found(claim("A", paper=True), None)])
     assert told == "Of 1 claims: 1 not tested."
-    assert said == (
-        "None of the paper's 1 claims is contradicted here; 1 of them could not be decided."
-    )
+    assert said == "0 of the paper's 1 claims are contradicted here."
+    assert points.points == ["The paper: A is so. Here not tested."]
     assert table.rows[0][1:] == ["not tested", ("-",), 0, "the paper"]
 
 

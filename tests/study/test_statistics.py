@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from cotgen_pl.study.statistics import (
+    Crossing,
     Interval,
-    bootstrap_seeds,
     half_gain_at,
+    interval_of,
     judge_claim,
     paired_interval,
     rank_correlation,
     ranks,
+    reached_at,
+    resample_means,
 )
 
 
@@ -67,18 +70,52 @@ def test_equal_values_share_their_rank():
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
 
 
+def test_ranks_of_what_is_not_known_are_no_number():
+    assert math.isnan(rank_correlation([1, math.nan, 3], [1, 2, 3]))
+    assert math.isnan(rank_correlation([1, 2, 3], [1, 2, math.nan]))
+
+
 def test_half_of_no_gain_is_not_known():
-    assert math.isnan(half_gain_at([0, 10], [0.0, -0.1]))
-    assert half_gain_at([0, 10, 20], [0.0, 0.3, 0.2]) == pytest.approx(10 / 3)
+    assert math.isnan(half_gain_at([10], [-0.1]).at)
+    assert half_gain_at([10, 20, 30], [0.0, 0.3, 0.2]) == Crossing(pytest.approx(10 + 10 / 3))
 
 
-def test_seeds_are_resampled():
-    values = [0.0, 1.0, 2.0]
-    interval = bootstrap_seeds(lambda places: np.mean([values[p] for p in places]), 3)
-    assert (interval.mean, interval.low, interval.high) == pytest.approx((1, 0, 2))
+def test_what_is_reached_before_the_first_measured_point_is_censored():
+    assert half_gain_at([10, 20], [0.3, 0.4]) == Crossing(10, censored=True)
+    assert half_gain_at([10, 20], [0.1, 0.4]) == Crossing(pytest.approx(10 + 10 / 3))
+    assert [Crossing(10, censored=True).least, Crossing(10).least] == [0, 10]
+
+
+def test_a_gain_that_no_point_has_is_never_reached():
+    assert math.isnan(reached_at([10, 20], [0.01, 0.04], 0.05).at)
+    assert reached_at([10, 20], [0.01, 0.09], 0.05) == Crossing(pytest.approx(15))
+
+
+def test_runs_are_resampled_alike_over_seeds_and_prompts():
+    """Two runs that differ by 0.1 in every picture differ by 0.1 in every resample."""
+    table = np.random.default_rng(0).normal(0.5, 0.2, (3, 8))
+    weights, strata = np.full(8, 1 / 8), ["a"] * 4 + ["b"] * 4
+    center, draws = resample_means([table, table + 0.1], weights, strata)
+    assert center == pytest.approx([table.mean(), table.mean() + 0.1])
+    np.testing.assert_allclose(draws[:, 1] - draws[:, 0], 0.1)
+    by_prompts_alone = np.tile(table[:1], (3, 1))
+    assert resample_means([by_prompts_alone], weights, strata)[1].std() > 0.01
+    by_seeds_alone = np.tile(table[:, :1], (1, 8))
+    assert resample_means([by_seeds_alone], weights, strata)[1].std() > 0.01
+
+
+def test_a_statistic_is_judged_with_its_undefined_resamples():
+    draws = np.linspace(0.1, 0.9, 100)[:, None]
+    for number, finding in ((5, "seen"), (6, "unclear")):
+        least = draws[number - 1, 0]
+        interval = interval_of(lambda m: m[0] if m[0] > least else math.nan, draws[50], draws)  # noqa: B023
+        assert interval.undefined == pytest.approx(number / 100)
+        assert interval.low > least
+        assert judge_claim(interval) == finding
 
 
 def test_statistics_that_are_never_defined_have_no_interval():
-    interval = bootstrap_seeds(lambda places: math.nan, 3)
+    interval = interval_of(lambda means: math.nan, np.zeros(1), np.zeros((9, 1)))
     assert math.isnan(interval.low)
+    assert interval.undefined == 1
     assert judge_claim(interval) == "unclear"
