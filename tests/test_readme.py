@@ -101,7 +101,9 @@ def test_every_command_of_the_manual_has_settings_that_exist(
         for command in commands_of(manual.values())
         if "tools/main.py " in command
     ]
-    assert len(commands) >= 40
+    settings = re.findall(r"`(--(?:model|trainer)\.\S+ [^`]+)`", manual[repository / "README.md"])
+    assert len(commands) >= 40 and len(settings) >= 5
+    commands += [f"fit --config configs/grpo_hps.yaml {setting}" for setting in settings]
     for command in commands:
         arguments = [word for word in shlex.split(command) if word not in ("--ckpt_path", "last")]
         arguments = [word for word in arguments if not word.endswith(".ckpt")]
