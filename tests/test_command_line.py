@@ -309,9 +309,9 @@ def test_the_run_folder_has_all_that_a_run_leaves(run):
     assert policy["template"] == "<|User|>: {prompt}\n\n<|Assistant|>:"
 
 
-def test_the_readme_names_all_that_lies_in_a_run_folder(run, repository):
-    readme = (repository / "README.md").read_text()
-    section = readme[readme.index("## What a run leaves") : readme.index("## Janus-Pro")]
+def test_the_manual_names_all_that_lies_in_a_run_folder(run, repository):
+    page = (repository / "docs" / "runs.md").read_text()
+    section = page[page.index("## What a run leaves") : page.index("## Going on")]
     named = tuple(name.rstrip("/.") for name in re.findall(r"^\| `([^`]+)` \|", section, re.M))
     assert len(named) >= 7
     found = [path.name for path in run[1].iterdir()]

@@ -122,10 +122,10 @@ def test_a_scorer_that_does_not_ship_is_refused_until_it_is_built(name, tmp_path
 
 @pytest.fixture
 def smoke_run(command_line, repository, tmp_path):
-    """Does what the README's smoke command of a config does, in a folder that it returns."""
+    """Does what the smoke command of a config in the manual does, in a folder that it returns."""
 
     def run(name: str, *more: str, **replaced: Path) -> Path:
-        commands = (repository / "README.md").read_text().splitlines()
+        commands = (repository / "docs/configuration.md").read_text().splitlines()
         (command,) = (c for c in commands if f"{name}.yaml --trainer.max_steps 2" in c)
         arguments = command.partition(" --trainer.default_root_dir")[0].split()[2:]
         for part, path in replaced.items():

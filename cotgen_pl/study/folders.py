@@ -1,7 +1,7 @@
 """A finished run folder, read into one record: all that a report may tell of a run.
 
 Nothing here knows how runs are started, and nothing is kept: what is not in the folder is not in
-the record, and a folder that is gone takes its rows along. Files are those of the README's "What a
+the record, and a folder that is gone takes its rows along. Files are those of docs/runs.md, "What a
 run leaves".
 """
 

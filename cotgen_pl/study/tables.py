@@ -153,7 +153,7 @@ def metrics(
         for column, metric in metrics.items()
     ]
     logged = ", ".join(f"`{metric}`" for metric in metrics.values())
-    note = f"The last that was logged as {logged}; the README's glossary says what each is."
+    note = f"The last that was logged as {logged}; docs/metrics.md says what each is."
     return [_tabulate(name, f"{title}: {heading(group)}", group, rows, columns, note)]
 
 

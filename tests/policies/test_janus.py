@@ -599,7 +599,7 @@ def test_strict_refuses_what_cannot_be_compiled(janus_folder, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: original(f, backend=without_a_compiler))
     policy = load(janus_folder, compile=True, decoding=DecodingSettings(strict=True))
     with pytest.raises(
-        ValueError, match="expected to compile the teacher-forced pass, got: .*no c"
+        ValueError, match=r"expected to compile the teacher-forced pass, got: .*no c"
     ):
         policy.logits(PROMPTS, random_tokens(policy, 3))
 
