@@ -25,7 +25,7 @@ import yaml
 from cotgen_pl.interfaces import check_positive
 from cotgen_pl.planning.footprint import PROMPT_TOKENS
 from cotgen_pl.planning.work import Speed, seconds
-from cotgen_pl.study.checks import check_study, images_of
+from cotgen_pl.study.checks import check_claims, check_study, images_of
 from cotgen_pl.study.choice import choose_settings, format_choice
 from cotgen_pl.study.claims import Claim, judge, read_claims
 from cotgen_pl.study.definition import Run, Study, read_study
@@ -54,14 +54,8 @@ Settings = Mapping[str, Any]
 
 def arguments_of(study: Study, run: Run, seed: int) -> list[str]:
     """A run's command line behind `tools/main.py`, as it starts."""
-    overrides = dict(run.overrides)
-    if run.starts_from is not None:
-        exported = study.run_folder(run.starts_from, seed) / "exported"
-        overrides["model.init_args.policy.init_args.path"] = exported.as_posix()
-    overrides |= {
-        "seed_everything": seed,
-        "trainer.default_root_dir": study.run_folder(run.name, seed).as_posix(),
-    }
+    folder = study.run_folder(run.name, seed).as_posix()
+    overrides = study.overrides_of(run, seed) | {"trainer.default_root_dir": folder}
     flags = [f"--{name}={_as_text(value)}" for name, value in overrides.items()]
     return [run.command, "--config", run.config, *flags]
 
@@ -178,7 +172,9 @@ def run_study(arguments: Sequence[str] | None = None) -> int:
     check_positive(jobs=own.jobs, threads=own.threads)
     study = read_study(own.config, quick=own.quick, only=own.only)
     claims = read_claims(study.claims) if study.claims else []
-    check_shown(study)
+    whole = read_study(own.config)  # a mistake in what waits is a mistake now
+    check_shown(whole)
+    check_claims(whole, claims)
     if own.report:
         write_whole_report(own.config, claims)
         return 0

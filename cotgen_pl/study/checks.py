@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cotgen_pl.callbacks.tables import DOMAINS
 from cotgen_pl.study.claims import Claim
 from cotgen_pl.study.definition import BASE, Cell, Group, Study
-from cotgen_pl.study.progress import suites_of
+from cotgen_pl.study.progress import domains_of, suites_of
 
 TESTS_OF_CHOICES = ("order", "correlation")  # they need what rewards say of the base's pictures
 SEEDS_OF_A_DEVIATION = 2  # the sample deviation of one number is not defined
@@ -40,10 +41,47 @@ def check_study(
         if claim.group in study.groups:
             group = study.groups[claim.group]
             claim.check(group)
+            check_domains(claim, group, settings)
             if claim.test in TESTS_OF_CHOICES:
                 check_watched(study, group, settings[BASE], f"the test of claim {claim.name}")
             if deviates:
                 check_seeds(group, claim.least_seeds, f"the test of claim {claim.name}")
+
+
+def check_claims(study: Study, claims: Sequence[Claim]) -> None:
+    """Refuse claims about what a study does not have; asks for no configuration.
+
+    Args:
+        study: With all of its groups, whichever are to run now.
+        claims: That it tests.
+
+    Raises:
+        ValueError: Names the first claim with another group, domain, place or axis.
+    """
+    for claim in claims:
+        if claim.group not in study.groups:
+            raise ValueError(
+                f"claim {claim.name}: expected a group among {', '.join(study.groups)}, got "
+                f"{claim.group!r}; correct the file of claims"
+            )
+        if claim.domain not in DOMAINS:
+            raise ValueError(
+                f"claim {claim.name}: expected a domain among {', '.join(DOMAINS)}, got "
+                f"{claim.domain!r}; correct the file of claims"
+            )
+        claim.check(study.groups[claim.group])
+
+
+def check_domains(claim: Claim, group: Group, settings: Mapping[str, Settings]) -> None:
+    """All that a claim compares is scored in its domain."""
+    for run in dict.fromkeys([BASE, *(cell.run for cell in group.cells)]):
+        domains = domains_of(settings[run])
+        if claim.domain not in domains:
+            raise ValueError(
+                f"claim {claim.name}: expected a domain of the suites of run {run} "
+                f"({', '.join(domains)}), got {claim.domain!r}; evaluate a suite of it, or correct "
+                "the file of claims"
+            )
 
 
 def check_choosing(study: Study, settings: Mapping[str, Settings]) -> None:
