@@ -196,7 +196,11 @@ def metrics(
         Column(column, partial(last_value, metric=metric)) for column, metric in metrics.items()
     ]
     logged = ", ".join(f"`{metric}`" for metric in metrics.values())
-    note = f"The last that was logged as {logged}; the README's glossary says what each is. {GAINS}"
+    note = (
+        f"The last that was logged as {logged}; the README's glossary says what each is. Of the "
+        "base, which logs nothing: what its verdicts hold, or else its log, in three decimals. "
+        f"{GAINS}"
+    )
     return [_tabulate(name, f"{title}: {heading(group)}", group.axes, rows, columns, note)]
 
 

@@ -97,6 +97,7 @@ def test_the_janus_pro_study_is_planned_with_gpu_hours(plan_of):
     check_sums(plan)
 
 
+@pytest.mark.filterwarnings("ignore:.*args parameter is intended to run from within Python.*")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes", "janus_pro", "tuning", "tuning_janus_pro"])
 def test_what_a_run_saves_is_what_its_study_says(workplace, name):
