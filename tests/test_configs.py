@@ -95,10 +95,11 @@ def test_two_rounds_differ_from_one_in_rounds_alone(name):
     assert two == one
 
 
-def test_best_of_n_learns_from_the_pairs_of_dpo():
+@pytest.mark.parametrize("world", ["shapes", "hps"])
+def test_best_of_n_learns_from_the_pairs_of_dpo(world):
     dpo, best_of_n = (
         yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-        for name in ("dpo_shapes", "sft_best_of_n_shapes")
+        for name in (f"dpo_{world}", f"sft_best_of_n_{world}")
     )
     assert best_of_n["data"] == dpo["data"]
     assert best_of_n["trainer"]["callbacks"][0] == dpo["trainer"]["callbacks"][0]
@@ -164,6 +165,15 @@ def test_janus_pro_learns_from_its_own_pairs_with_only_the_weights_replaced(
     assert len(read_values(folder, "val/pairs/accuracies")) == 2
     assert len(read_values(folder, "val/ood/mean")) == 2
     assert (folder / "exported" / "model.safetensors").exists()
+
+
+def test_janus_pro_learns_the_chosen_pictures_with_only_the_weights_replaced(
+    smoke_run, tiny_janus, small_hps
+):
+    folder = smoke_run("sft_best_of_n_hps", policy=tiny_janus, reward=small_hps)
+    assert read_values(folder, "perf/images_sampled") == [256, 256]
+    assert len(read_values(folder, "val/ood/mean")) == 2
+    assert (folder / "exported/model.safetensors").exists()
 
 
 def test_janus_pro_takes_two_rounds_with_only_the_weights_replaced(

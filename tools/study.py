@@ -18,14 +18,22 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
 
 from cotgen_pl.interfaces import check_positive
+from cotgen_pl.modules.sft import SFTModule
 from cotgen_pl.planning.footprint import PROMPT_TOKENS
-from cotgen_pl.planning.work import Speed, seconds
-from cotgen_pl.study.checks import check_study, images_of
+from cotgen_pl.planning.work import (
+    OptimizerMemory,
+    PlannedWork,
+    Speed,
+    images_at_once,
+    seconds,
+)
+from cotgen_pl.study.checks import check_claims, check_study, images_of
 from cotgen_pl.study.choice import choose_settings, format_choice
 from cotgen_pl.study.claims import Claim, judge, read_claims
 from cotgen_pl.study.definition import Run, Study, read_study
@@ -54,14 +62,8 @@ Settings = Mapping[str, Any]
 
 def arguments_of(study: Study, run: Run, seed: int) -> list[str]:
     """A run's command line behind `tools/main.py`, as it starts."""
-    overrides = dict(run.overrides)
-    if run.starts_from is not None:
-        exported = study.run_folder(run.starts_from, seed) / "exported"
-        overrides["model.init_args.policy.init_args.path"] = exported.as_posix()
-    overrides |= {
-        "seed_everything": seed,
-        "trainer.default_root_dir": study.run_folder(run.name, seed).as_posix(),
-    }
+    folder = study.run_folder(run.name, seed).as_posix()
+    overrides = study.overrides_of(run, seed) | {"trainer.default_root_dir": folder}
     flags = [f"--{name}={_as_text(value)}" for name, value in overrides.items()]
     return [run.command, "--config", run.config, *flags]
 
@@ -178,7 +180,9 @@ def run_study(arguments: Sequence[str] | None = None) -> int:
     check_positive(jobs=own.jobs, threads=own.threads)
     study = read_study(own.config, quick=own.quick, only=own.only)
     claims = read_claims(study.claims) if study.claims else []
-    check_shown(study)
+    whole = read_study(own.config)  # a mistake in what waits is a mistake now
+    check_shown(whole)
+    check_claims(whole, claims)
     if own.report:
         write_whole_report(own.config, claims)
         return 0
@@ -228,14 +232,36 @@ def plan_hours(config: Any, gpu: str) -> float:
     Not counted are rewards, pictures made of tokens, the optimizer and evaluations.
     """
     policy, device = plan_policy(config, PROMPT_TOKENS), GPUS[gpu]
-    work = plan_work(config, policy, 1, None)
-    spent = seconds(policy, work, Speed(device.bandwidth, device.flops))
     settings = config.model.init_args
+    tunes = issubclass(resolve_name(config.model.class_path), SFTModule)
+    work = plan_chosen(config) if tunes else plan_work(config, policy, 1, None)
+    spent = seconds(policy, work, Speed(device.bandwidth, device.flops))
     learnt = settings.images_budget
-    if work.drawn != work.learnt:  # pairs of drawn groups
-        learnt = 2 * learnt // settings.group_size * config.data.init_args.epochs
+    if not work.draws:  # drawn before, in groups: of each a pair is learnt, or the chosen one
+        learnt = (1 if tunes else 2) * learnt // settings.group_size * config.data.init_args.epochs
     learning = (spent["reference and replay"] + spent["update"]) * learnt / work.learnt
     return (spent["rollout"] * settings.images_budget / work.drawn + learning) / 3600
+
+
+def plan_chosen(config: Any) -> PlannedWork:
+    """What an update of best-of-N fine-tuning asks, as far as its seconds go."""
+    settings = config.model.init_args
+    callbacks = [callback.init_args for callback in config.trainer.callbacks or []]
+    chosen = config.data.init_args.pairs_per_update
+    return PlannedWork(
+        drawn=images_at_once(callbacks)["paired"],
+        draws=0,
+        learnt=chosen,
+        micro_batch=chosen,
+        guided=settings.guidance != 1,
+        logprobs="conditional",
+        twin=False,
+        replays=0,
+        optimizer=NO_OPTIMIZER,
+    )
+
+
+NO_OPTIMIZER = OptimizerMemory(0, 0)  # its memory is not planned here, nor are its seconds
 
 
 def plan_study(study: Study, configs: Mapping[str, Any]) -> dict[str, float]:

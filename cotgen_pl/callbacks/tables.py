@@ -245,6 +245,7 @@ def write_verdicts(
         "domain": judged.domain,
         "digest": digest(variant),
         "variant": variant,
+        "diversity": as_plain(judged.mean(judged.diversity)),
         "table": [as_plain(vars(row)) for row in suite_rows(judged)],
     }
     lines = ",\n".join(f"    {json.dumps(record, ensure_ascii=False)}" for record in records)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cotgen_pl.callbacks.tables import DOMAINS
 from cotgen_pl.study.claims import Claim
 from cotgen_pl.study.definition import BASE, Cell, Group, Study
-from cotgen_pl.study.progress import suites_of
+from cotgen_pl.study.progress import domains_of, suites_of
 
 TESTS_OF_CHOICES = ("order", "correlation")  # they need what rewards say of the base's pictures
 SEEDS_OF_A_DEVIATION = 2  # the sample deviation of one number is not defined
@@ -38,19 +39,68 @@ def check_study(
         check_seeds(study.groups[table["group"]], wanted, f"the deviation in table {name}")
     for claim in claims:
         if claim.group in study.groups:
-            check_claim(study, claim, settings[BASE], deviates)
+            check_claim(study, claim, settings, deviates)
 
 
-def check_claim(study: Study, claim: Claim, base: Settings, deviates: bool) -> None:
-    """The groups of a claim have what its test compares."""
+def check_claim(
+    study: Study, claim: Claim, settings: Mapping[str, Settings], deviates: bool
+) -> None:
+    """What a claim compares is there, scored in its domain, looked at, and run with seeds enough.
+
+    Args:
+        study: Its groups may be some of those that the file has.
+        claim: About one that is there.
+        settings: Of each run by name.
+        deviates: Whether tests have more than one seed to go by.
+    """
     group = study.groups[claim.group]
     minus_group = study.groups.get(claim.minus_group, group)
     purpose = f"the test of claim {claim.name}"
     claim.check(group, minus_group)
     if claim.test in TESTS_OF_CHOICES:
-        check_watched(study, group, base, purpose)
-    for own in (group, minus_group) if deviates else ():
-        check_seeds(own, claim.least_seeds, purpose)
+        check_watched(study, group, settings[BASE], purpose)
+    for own in (group, minus_group):
+        check_domains(claim, own, settings)
+        if deviates:
+            check_seeds(own, claim.least_seeds, purpose)
+
+
+def check_claims(study: Study, claims: Sequence[Claim]) -> None:
+    """Refuse claims about what a study does not have; asks for no configuration.
+
+    Args:
+        study: With all of its groups, whichever are to run now.
+        claims: That it tests.
+
+    Raises:
+        ValueError: Names the first claim with another group, domain, place or axis.
+    """
+    for claim in claims:
+        for name in (claim.group, claim.minus_group or claim.group):
+            if name not in study.groups:
+                raise ValueError(
+                    f"claim {claim.name}: expected a group among {', '.join(study.groups)}, got "
+                    f"{name!r}; correct the file of claims"
+                )
+        if claim.domain not in DOMAINS:
+            raise ValueError(
+                f"claim {claim.name}: expected a domain among {', '.join(DOMAINS)}, got "
+                f"{claim.domain!r}; correct the file of claims"
+            )
+        group = study.groups[claim.group]
+        claim.check(group, study.groups.get(claim.minus_group, group))
+
+
+def check_domains(claim: Claim, group: Group, settings: Mapping[str, Settings]) -> None:
+    """All that a claim compares is scored in its domain."""
+    for run in dict.fromkeys([BASE, *(cell.run for cell in group.cells)]):
+        domains = domains_of(settings[run])
+        if claim.domain not in domains:
+            raise ValueError(
+                f"claim {claim.name}: expected a domain of the suites of run {run} "
+                f"({', '.join(domains)}), got {claim.domain!r}; evaluate a suite of it, or correct "
+                "the file of claims"
+            )
 
 
 def check_choosing(study: Study, settings: Mapping[str, Settings]) -> None:

@@ -125,6 +125,14 @@ class Study:
         """Where a run's files of a seed lie."""
         return self.folder / run / f"seed_{seed}"
 
+    def overrides_of(self, run: Run, seed: int) -> dict[str, Any]:
+        """What a run's command says of a seed beside its config and its folder."""
+        overrides = dict(run.overrides)
+        if run.starts_from is not None:
+            exported = self.run_folder(run.starts_from, seed) / "exported"
+            overrides["model.init_args.policy.init_args.path"] = exported.as_posix()
+        return overrides | {"seed_everything": seed}
+
     def seeded_runs(self) -> Iterator[tuple[Run, int]]:
         """Each run with each of its seeds: runs in order, and within a run the seeds."""
         for run in self.runs.values():
@@ -150,6 +158,7 @@ def read_study(path: str | Path, quick: bool = False, only: Sequence[str] = ()) 
     known |= {"claims", "judge", "choose", "plan"}
     _check_names(content, known, {"name", "title", "folder", BASE, "seeds", "groups"}, str(path))
     folder, seeds = Path(content["folder"]), tuple(content["seeds"])
+    _check_num_seeds(content["groups"], seeds)
     kept = _keep_groups(content["groups"], quick, only)
     seeds = seeds[:1] if quick else seeds
     runs: dict[str, Run] = {}
@@ -207,6 +216,17 @@ def _keep_groups(groups: Mapping[str, Any], quick: bool, only: Sequence[str]) ->
         for name, group in groups.items()
         if (not only or name in only) and (not quick or group.get("priority", "extra") == "main")
     ]
+
+
+def _check_num_seeds(groups: Mapping[str, Any], seeds: Sequence[int]) -> None:
+    """A group has as many seeds as it says."""
+    for name, group in groups.items():
+        number = group.get("num_seeds", len(seeds))
+        if number not in range(1, len(seeds) + 1):
+            raise ValueError(
+                f"group {name}: expected num_seeds from 1 to the study's {len(seeds)} seeds, got "
+                f"{number}; lower it, or add to the study's seeds"
+            )
 
 
 def _runs_of(groups: Mapping[str, Group], runs: Mapping[str, Run]) -> dict[str, Run]:

@@ -56,19 +56,25 @@ class Entry:
     relative: Spread | None = None
     """The same in parts of the base's number, seed by seed."""
     form: str = ".3f"
+    row_seeds: int = 0
+    """Of the row that it stands in; 0 where it stands in none."""
 
     def lines(self) -> list[str]:
         """One below the other: the number, what was gained, and the same in percent.
 
-        Gains of fewer seeds than the number itself say of how many.
+        A number of fewer seeds than its row, or a gain of fewer than its number, says of how many.
         """
-        lines = [self.score.text(self.form)]
+        lines = [self.score.text(self.form) + self._fewer_than_row()]
         if self.difference is not None and self.difference.seeds:
             lines.append(self.difference.text(f"+{self.form}") + self._fewer(self.difference))
         if self.relative is not None and self.relative.seeds:
             percent = Spread(100 * self.relative.mean, 100 * self.relative.deviation, 1)
             lines.append(f"{percent.text('+.1f')} %{self._fewer(self.relative)}")
         return lines
+
+    def _fewer_than_row(self) -> str:
+        fewer = 0 < self.score.seeds < self.row_seeds
+        return f" ({self.score.seeds} of {self.row_seeds} seeds)" if fewer else ""
 
     def _fewer(self, gain: Spread) -> str:
         fewer = gain.seeds < self.score.seeds

@@ -41,7 +41,19 @@ Against = Literal["images", "kl_to_base"]
 MEANS = {"id": "val/id/mean", "ood": "val/ood/mean"}
 """What is logged of a domain."""
 KL = "val/kl_to_base"
-SPREAD = "bars and bands: the sample deviation over seeds."
+
+
+def spread_text(numbers: Iterable[int]) -> str:
+    """What bars and bands are, of things with these numbers of seeds.
+
+    >>> spread_text([3, 6, 0])
+    'bars and bands: the sample deviation over 3 to 6 seeds.'
+    """
+    known = sorted({number for number in numbers if number})
+    if known in ([], [1]):
+        return "one seed, so no bars and bands."
+    told = f"{known[0]} to {known[-1]}" if len(known) > 1 else str(known[0])
+    return f"bars and bands: the sample deviation over {told} seeds."
 
 
 # Lines over training ----------------------------------------------------------------------------
@@ -87,7 +99,7 @@ def curves(
     caption = (
         "Means over seeds of each evaluation in training; those between start and end see fewer "
         "pictures and scatter more. What draws all its images before it learns (DPO in one round) "
-        f"goes straight from its start to its end; {SPREAD}"
+        f"goes straight from its start to its end; {spread_text(len(row.records) for row in rows)}"
     )
     shown = [panel for panel in panels if panel is not None]
     return [Illustration(heading(group), caption, shown)] if shown else []
@@ -193,7 +205,10 @@ def levels(records: Records, group: Group, name: str, axis: str) -> list[Illustr
         axis: Its levels run along the horizontal axis.
     """
     panels = [_level_panel(f"{name}-{d}", records, group, axis, d) for d in MEANS]
-    caption = f"Gain over the base of the same seed; {SPREAD}"
+    bases = base_records(records, group)
+    rows = [row for row in rows_of(records, group) if row.kind == "trained"]
+    seeds = [gain_of(row, bases, domain).seeds for row in rows for domain in MEANS]
+    caption = f"Gain over the base of the same seed; {spread_text(seeds)}"
     return [Illustration(heading(group), caption, panels)]
 
 
@@ -238,7 +253,7 @@ def summary(records: Records, group: Group, name: str) -> list[Illustration]:
     caption = (
         "Gain over the base of the same seed. On the dashed line both domains gain the same; below "
         f"it training is better where it trained. Stars: {BEST} by each reward, without training; "
-        f"{SPREAD}"
+        f"{spread_text(gain.seeds for _, *gains in points for gain in gains)}"
     )
     return [Illustration(heading(group), caption, [panel])]
 
@@ -248,15 +263,16 @@ def uplift(records: Records, group: Group, name: str) -> list[Illustration]:
     other = axis_beside_reward(group)
     rows, bases = rows_of(records, group), base_records(records, group)
     chosen = {row.labels[REWARD]: gain_of(row, bases, "ood") for row in rows if row.kind == "best"}
-    panels = []
+    panels, seeds = [], []
     for level in group.axes[other]:
         own = [r for r in rows if r.labels[other] == level and r.labels[REWARD] in chosen]
         points = [(row, chosen[row.labels[REWARD]], gain_of(row, bases, "ood")) for row in own]
+        seeds += [gain.seeds for _, *gains in points for gain in gains]
         labels = (f"uplift of {BEST}, out of domain", "gain by training, out of domain")
         panels.append(_point_panel(f"{name}-{level}", level, Styles(group), points, labels))
     caption = (
         f"Each point is a reward: what {BEST} by it gains on the base's own pictures, and what "
-        f"training on it gains; {SPREAD}"
+        f"training on it gains; {spread_text(seeds)}"
     )
     return [Illustration("Intrinsic generalisation and what becomes of it", caption, panels)]
 
@@ -301,7 +317,7 @@ def best_of_n(records: Records, group: Group, name: str) -> list[Illustration]:
     panels = [_choice_panel(f"{name}-{domain}", bases, group, domain, judge) for domain in MEANS]
     caption = (
         "The judge's mean of the picture that a reward chooses among n of the base's, without any "
-        f"training; {SPREAD}"
+        f"training; {spread_text([len(bases)])}"
     )
     return [Illustration("Best of n by each reward", caption, panels)]
 

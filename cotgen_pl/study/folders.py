@@ -10,7 +10,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,13 @@ class Record:
     suites: Mapping[str, SuiteVerdicts]
     """By name, of the end of training; of the base as it is."""
     metrics: Mapping[str, Curve]
-    """By logged name, such as `val/id/mean`; none for the base."""
+    """By logged name, such as `val/id/mean`; the base has only its suites' diversity."""
     costs: Costs
     pictures: Mapping[str, Mapping[int, Path]]
     """By suite and by the prompt's place in it, the picture of copy 0, where it was kept."""
     found: Mapping[str, Any]
-    """run.json: versions and the policy; empty for the base."""
+    """run.json: commit, versions and the policy; of the base, which has no such file, the versions
+    that its verdicts name, without a commit."""
 
     def domain_mean(self, domain: str, kind: str = "graded") -> float:
         """Mean over a domain's suites of each one's mean over categories."""
@@ -165,7 +167,9 @@ class Records:
     records: Mapping[tuple[str, int], Record]
     """By run and seed."""
     missing: tuple[tuple[str, int], ...]
-    """Runs and seeds that are not finished."""
+    """Runs and seeds that are not finished, or were made with other settings."""
+    refused: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """Those with other settings than the study's file names, with what differs."""
 
     def base(self, seed: int) -> Record | None:
         """The policy without training, drawn with the noise of a seed."""
@@ -193,14 +197,14 @@ def read_record(folder: Path, run: str, seed: int) -> Record:
     Raises:
         ValueError: It holds no verdicts.
     """
-    suites = _read_suites(folder / "evaluation")
+    contents = _read_contents(folder / "evaluation")
+    suites = {name: _read_suite(content) for name, content in contents.items()}
     if not suites:
         raise ValueError(
             f"expected verdicts in {folder / 'evaluation'}, got none; let the run finish, with "
             "SuiteEvaluation among its callbacks"
         )
-    metrics = _read_metrics(folder / "metrics.csv")
-    found = folder / "run.json"
+    metrics = _read_metrics(folder / "metrics.csv") or _read_diversity(folder, contents)
     return Record(
         folder=folder,
         run=run,
@@ -209,14 +213,23 @@ def read_record(folder: Path, run: str, seed: int) -> Record:
         metrics=metrics,
         costs=_costs(metrics),
         pictures={name: _read_pictures(folder, name) for name in suites},
-        found=json.loads(found.read_text(encoding="utf-8")) if found.is_file() else {},
+        found=_read_found(folder, contents.values()),
     )
 
 
-def _read_suites(folder: Path) -> dict[str, SuiteVerdicts]:
-    """By name; `<suite>-<digest>.json` has older verdicts, of other weights or seeds."""
+def _read_contents(folder: Path) -> dict[str, Any]:
+    """By suite; `<suite>-<digest>.json` has older verdicts, of other weights or seeds."""
     contents = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(folder.glob("*.json"))}
-    return {name: _read_suite(c) for name, c in contents.items() if c["suite"] == name}
+    return {name: content for name, content in contents.items() if content["suite"] == name}
+
+
+def _read_found(folder: Path, contents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    path = folder / "run.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    versions = [content.get("variant", {}).get("versions", {}) for content in contents]
+    return {name: version for own in versions for name, version in own.items()}
 
 
 def _read_suite(content: Mapping[str, Any]) -> SuiteVerdicts:
@@ -260,6 +273,27 @@ def _read_metrics(path: Path) -> dict[str, Curve]:
             points.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
     images = {0: 0.0, **dict(points.get("perf/images_sampled", []))}
     return {name: _curve(sorted(values), images) for name, values in points.items()}
+
+
+def _read_diversity(folder: Path, contents: Mapping[str, Any]) -> dict[str, Curve]:
+    """Of a run that logs nothing, such as the base, each suite's diversity by its logged name.
+
+    From the verdicts; where these were written before they had it, from what the run printed, which
+    has three decimals.
+    """
+    log = folder / "log.txt"
+    printed = dict(PRINTED.findall(log.read_text(encoding="utf-8"))) if log.is_file() else {}
+    found: dict[str, Curve] = {}
+    for suite, content in contents.items():
+        name = f"{content['domain']}/{suite}/diversity"
+        value = content.get("diversity", printed.get(name))
+        if value is not None:
+            found[f"val/{name}"] = Curve(np.zeros(1), np.zeros(1), np.array([float(value)]))
+    return found
+
+
+PRINTED = re.compile(r"^((?:id|ood|shift)/\S+/diversity) +(\d\.\d{3})$", re.MULTILINE)
+"""A line of the scores that `validate` prints: name and number."""
 
 
 def _curve(points: Sequence[tuple[int, float]], images: Mapping[int, float]) -> Curve:

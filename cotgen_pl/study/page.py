@@ -225,12 +225,16 @@ def files_of(sections: Iterable[Section]) -> dict[str, bytes]:
 
 
 def as_csv(table: Table) -> str:
-    """A line for each number, with what it is of; a table of words and pictures as it stands."""
+    """A line for each number, with what it is of; a table of words and pictures as it stands.
+
+    A label that is called like one of the numbers, such as `seeds`, is `row_seeds` there.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     if any(isinstance(content, Entry) for row in table.rows for content in row):
+        own = ["column", *(f"{p}{n}" for p in PREFIXES for n in NUMBERS)]
         labels = table.columns[: table.num_labels]
-        writer.writerow([*labels, "column", *(f"{p}{n}" for p in PREFIXES for n in NUMBERS)])
+        writer.writerow([*(f"row_{name}" if name in own else name for name in labels), *own])
         for row in table.rows:
             for column, content in list(zip(table.columns, row, strict=True))[table.num_labels :]:
                 if isinstance(content, Entry):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from cotgen_pl.study.agreement import find_difference
 from cotgen_pl.study.definition import Study
 from cotgen_pl.study.folders import Records, read_record
 
@@ -32,23 +33,40 @@ def run_state(folder: Path, command: str, settings: Mapping[str, Any] | None = N
     Raises:
         ValueError: The folder holds a run of other settings.
     """
-    path = folder / SAVED_AS[command]
-    if not path.is_file():
+    saved = read_saved(folder, command)
+    if saved is None:
         return "unfinished" if (folder / "checkpoints/last.ckpt").is_file() else "absent"
-    saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     if settings is not None:
-        check_settings(path, saved, settings)
+        check_settings(folder / SAVED_AS[command], saved, settings)
     names = [f"{suite}.json" for suite in suites_of(saved)]
     scored = all((folder / "evaluation" / name).is_file() for name in names)
     ended = command == "validate" or (folder / "ended.json").is_file()
     return "finished" if scored and ended else "unfinished"
 
 
+def read_saved(folder: Path, command: str) -> dict[str, Any] | None:
+    """The configuration that a run left; None before it has."""
+    path = folder / SAVED_AS[command]
+    if not path.is_file():
+        return None
+    saved: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return saved
+
+
 def suites_of(settings: Mapping[str, Any]) -> list[str]:
     """Names of the suites that a configuration evaluates."""
+    return [suite["name"] for suite in _suites(settings)]
+
+
+def domains_of(settings: Mapping[str, Any]) -> list[str]:
+    """Domains of the suites that a configuration evaluates."""
+    return list(dict.fromkeys(suite["domain"] for suite in _suites(settings)))
+
+
+def _suites(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     callbacks = settings["trainer"]["callbacks"] or []
     suites = [callback.get("init_args", {}).get("suites", []) for callback in callbacks]
-    return [suite["name"] for some in suites for suite in some]
+    return [suite for some in suites for suite in some]
 
 
 def check_settings(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -83,15 +101,18 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
 
 
 def read_records(study: Study) -> Records:
-    """The records of all finished runs of a study."""
-    places = {(run.name, seed): run.command for run, seed in study.seeded_runs()}
-    states = {
-        (name, seed): run_state(study.run_folder(name, seed), command)
-        for (name, seed), command in places.items()
-    }
-    finished = [place for place, state in states.items() if state == "finished"]
-    records = {
-        (name, seed): read_record(study.run_folder(name, seed), name, seed)
-        for name, seed in finished
-    }
-    return Records(study, records, tuple(place for place in places if place not in records))
+    """The records of all finished runs of a study that were made with what its file says."""
+    places = {(run.name, seed): run for run, seed in study.seeded_runs()}
+    records, refused = {}, {}
+    for (name, seed), run in places.items():
+        folder = study.run_folder(name, seed)
+        if run_state(folder, run.command) == "finished":
+            saved = read_saved(folder, run.command)
+            assert saved is not None
+            difference = find_difference(study, run, seed, saved)
+            if difference is None:
+                records[name, seed] = read_record(folder, name, seed)
+            else:
+                refused[name, seed] = difference
+    missing = tuple(place for place in places if place not in records)
+    return Records(study, records, missing, refused)

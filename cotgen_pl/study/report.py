@@ -4,7 +4,7 @@ All of it is made of records: what no run folder holds is not in the report, and
 missing. What is shown is listed in the study's file, each entry with its `group`, with `kind` (a
 function of `tables.py`, `figures.py` or `grids.py`) and with that function's own arguments:
 
-    tables:   suites, domains, rewards, metrics, costs, half_gain
+    tables:   suites, shifts, domains, rewards, uplifts, metrics, costs, half_gain
     figures:  summary, curves, uplift, best_of_n, levels, comparison, pictures
 """
 
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from cotgen_pl.files import write_whole
+from cotgen_pl.interfaces import check_choice
 from cotgen_pl.study import efficiency, figures, grids, tables
 from cotgen_pl.study.claims import Found
-from cotgen_pl.study.definition import Study
-from cotgen_pl.study.entries import Illustration, Table
+from cotgen_pl.study.definition import Group, Study
+from cotgen_pl.study.entries import Content, Illustration, Table
 from cotgen_pl.study.folders import Records
-from cotgen_pl.study.page import Section, as_html, as_markdown, files_of
+from cotgen_pl.study.page import Block, Section, as_html, as_markdown, files_of
+from cotgen_pl.study.rows import REWARD, axis_beside_reward
 from cotgen_pl.study.sections import (
     claim_blocks,
     introduction,
@@ -36,8 +38,10 @@ TABLES: Mapping[str, Maker] = {
     f.__name__: f
     for f in (
         tables.suites,
+        tables.shifts,
         tables.domains,
         tables.rewards,
+        tables.uplifts,
         tables.metrics,
         tables.costs,
         efficiency.half_gain,
@@ -56,9 +60,9 @@ FIGURES: Mapping[str, Maker] = {
     )
 }
 SECTIONS = {
-    "Results": ("suites",),
+    "Results": ("suites", "shifts"),
     "Against images and against divergence": ("curves",),
-    "Rewards by themselves": ("rewards", "uplift", "best_of_n"),
+    "Rewards by themselves": ("rewards", "uplifts", "uplift", "best_of_n"),
     "Strategies and variants": ("levels", "domains", "metrics"),
     "Pictures": ("comparison", "pictures"),
     "Costs": ("half_gain", "costs"),
@@ -125,6 +129,31 @@ def check_shown(study: Study) -> None:
                     f"{name}: expected words of {entry['kind']} ({', '.join(words)}), got unknown "
                     f"{sorted(unknown)}, missing {sorted(missing)}; correct the entry"
                 )
+            check_axes(name, entry, study.groups[entry["group"]])
+
+
+BY_REWARD = ("rewards", "uplift")
+"""Kinds of entries for groups with an axis `reward` and one more."""
+
+
+def check_axes(name: str, entry: Mapping[str, Any], group: Group) -> None:
+    """Refuse an entry that asks for axes or levels that its group does not have."""
+    if entry["kind"] in BY_REWARD:
+        axis_beside_reward(group)
+    wanted = [entry["axis"]] if "axis" in entry else []
+    wanted += [REWARD] if entry["kind"] == "best_of_n" else []
+    absent = [axis for axis in wanted if axis not in group.axes]
+    labels = [entry.get("labels", {}), *(mark["labels"] for mark in entry.get("marks", ()))]
+    for axis, level in (item for own in labels for item in own.items()):
+        absent += [f"{axis} {level!r}"] if level not in group.axes.get(axis, ()) else []
+    if absent:
+        axes = {axis: list(levels) for axis, levels in group.axes.items()}
+        raise ValueError(
+            f"{name}: expected axes and levels of group {group.name} ({axes}), got {absent[0]}; "
+            "correct the entry"
+        )
+    for across in entry.get("against", ()):
+        check_choice("against", across, figures.Against)
 
 
 def _arguments(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +183,22 @@ def write_sections(records: Records, claims: Sequence[Found]) -> list[Section]:
         Section("In short", [*introduction(records), *shown_blocks(records, ("summary",))]),
         Section("Claims", claim_blocks(claims)),
         *shown,
-        Section("What is missing", missing_blocks(records)),
+        Section("What is missing", [*missing_blocks(records), *refused_blocks(records)]),
         Section("How it was made", origin_blocks(records)),
     ]
     return [section for section in sections if section.blocks]
+
+
+def refused_blocks(records: Records) -> list[Block]:
+    """Finished runs that are not those of the study's file; no number of theirs is told."""
+    rows: list[list[Content]] = [
+        [run, seed, f"made with other settings: {difference}"]
+        for (run, seed), difference in records.refused.items()
+    ]
+    note = (
+        "The folder's saved configuration differs from what the study's file says now. Change the "
+        "file back, name another folder for the study, or remove the run's folder."
+    )
+    columns = ["run", "seed", "why it is left out"]
+    title = "Runs that were made with other settings"
+    return [Table("refused-runs", title, columns, rows, 1, note)] if rows else []

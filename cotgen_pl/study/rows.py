@@ -50,8 +50,7 @@ def rows_of(records: Records, group: Group) -> list[Row]:
     judge, bases = records.study.judge, base_records(records, group)
     rows = [Row("base", _labels(group, {next(iter(group.axes)): BASE}), bases)] if bases else []
     for reward in group.axes.get(REWARD, ()):
-        chosen = {seed: best_record(record, reward, judge) for seed, record in bases.items()}
-        found = {seed: record for seed, record in chosen.items() if has_scores(record)}
+        found = best_records(bases, reward, judge)
         if found:
             rows.append(Row("best", _labels(group, _best_labels(group, reward)), found))
     trained = [Row("trained", cell.labels, found) for cell, found in records.rows(group)]
@@ -111,6 +110,12 @@ def best_record(base: Record, reward: str, judge: str | None, n: int = CANDIDATE
         for name, suite in base.suites.items()
     }
     return replace(base, suites=suites, metrics={}, costs=NO_COSTS, pictures={})
+
+
+def best_records(bases: Mapping[int, Record], reward: str, judge: str | None) -> dict[int, Record]:
+    """By seed, the best of four of the base by a reward; nothing where it did not look."""
+    chosen = {seed: best_record(record, reward, judge) for seed, record in bases.items()}
+    return {seed: record for seed, record in chosen.items() if has_scores(record)}
 
 
 def choosing_scores(suite: SuiteVerdicts, reward: str, judge: str | None) -> Numbers | None:

@@ -8,7 +8,7 @@ compares each run with the base of its own seed, drawn with the same noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
@@ -25,6 +25,7 @@ from cotgen_pl.study.rows import (
     Row,
     axis_beside_reward,
     base_records,
+    best_records,
     domain_score,
     gain_of,
     rows_of,
@@ -43,6 +44,12 @@ GAINS = (
     "base's number. ± is the sample deviation over seeds."
 )
 STAR = " *"
+IMAGES = "images sampled"
+MEASURED = ("seconds", "peak memory, GB", "gain per minute")
+"""How titles of columns begin that the clock and the machine decide: not the same of equal runs."""
+
+
+Measure = Callable[[Record], float]
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Column:
     """One number of each run."""
 
     title: str
-    measure: Callable[[Record], float]
+    measure: Measure
     form: str = ".3f"
     compared: bool = True
     """Whether the gain over the base stands below it."""
@@ -88,7 +95,7 @@ def suites(
         columns = _suite_columns(suite, (means or {}).get(suite.suite, {}))
         title = f"{suite.suite}, {DOMAINS[suite.domain]}"
         note = " ".join([GAINS, *(f"* {mark['note']}" for mark in own)])
-        table = _tabulate(f"{name}-{suite.suite}", title, group, rows, columns, note)
+        table = _tabulate(f"{name}-{suite.suite}", title, group.axes, rows, columns, note)
         tables.append(_with_stars(table, list(group.axes), own))
     return tables
 
@@ -125,20 +132,57 @@ def _with_stars(table: Table, axes: Sequence[str], marks: Sequence[Mapping[str, 
 def domains(records: Records, group: Group, name: str) -> list[Table]:
     """Means over the suites of each domain, with images and the divergence that they took."""
     rows = rows_of(records, group)
-    columns = [Column("images", attrgetter("costs.images"), ",.0f", compared=False)]
+    columns = [Column(IMAGES, attrgetter("costs.images"), ",.0f", compared=False)]
     for domain in dict.fromkeys(suite.domain for suite in suites_in(rows)):
         columns += [
             Column(DOMAINS[domain], partial(domain_score, domain=domain)),
             Column(f"{DOMAINS[domain]}, strict", partial(domain_score, domain=domain, kind=STRICT)),
         ]
     columns.append(Column("KL to the base", attrgetter("costs.kl_to_base"), compared=False))
-    return [_tabulate(name, heading(group), group, rows, columns, f"{GAINS} {KL_UNIT}")]
+    return [_tabulate(name, heading(group), group.axes, rows, columns, f"{GAINS} {KL_UNIT}")]
+
+
+def shifts(records: Records, group: Group, name: str) -> list[Table]:
+    """What is gained in domain, out of domain and under each shift, and what each move costs."""
+    rows = [row for row in rows_of(records, group) if row.kind != "base"]
+    near = _gain(records, partial(domain_score, domain="id"))
+    moved = {DOMAINS["ood"]: _gain(records, partial(domain_score, domain="ood"))} | {
+        f"shift of {suite.suite}": _gain(records, partial(suite_score, suite=suite.suite))
+        for suite in suites_in(rows)
+        if suite.domain == "shift"
+    }
+    columns = [Column(DOMAINS["id"], near, "+.3f", compared=False)]
+    for title, far in moved.items():
+        columns += [
+            Column(title, far, "+.3f", compared=False),
+            Column(f"cost, {title}", partial(_loss, near, far), "+.3f", compared=False),
+        ]
+    note = (
+        "Gains over the base of the same seed, as means over categories. The cost of a move is the "
+        "gain in domain less the gain there. ± is the sample deviation over seeds."
+    )
+    title = f"Which shift costs what: {heading(group)}"
+    return [_tabulate(name, title, group.axes, rows, columns, note)]
+
+
+def _gain(records: Records, score: Measure) -> Measure:
+    """By how much a run's score lies above that of the base of its seed; NaN without a base."""
+
+    def measure(record: Record) -> float:
+        base = records.base(record.seed)
+        return score(record) - score(base) if base else math.nan
+
+    return measure
+
+
+def _loss(near: Measure, far: Measure, record: Record) -> float:
+    return near(record) - far(record)
 
 
 def metrics(
     records: Records, group: Group, name: str, title: str, metrics: Mapping[str, str]
 ) -> list[Table]:
-    """What was logged last under some names.
+    """What was logged last under some names, and of the base what its evaluation says of it.
 
     Args:
         records: Of the study.
@@ -147,14 +191,17 @@ def metrics(
         title: What they tell; the group's title follows.
         metrics: Logged names by the titles of their columns.
     """
-    rows = [row for row in rows_of(records, group) if row.kind == "trained"]
+    rows = [row for row in rows_of(records, group) if row.kind != "best"]
     columns = [
-        Column(column, partial(last_value, metric=metric), compared=False)
-        for column, metric in metrics.items()
+        Column(column, partial(last_value, metric=metric)) for column, metric in metrics.items()
     ]
     logged = ", ".join(f"`{metric}`" for metric in metrics.values())
-    note = f"The last that was logged as {logged}; docs/metrics.md says what each is."
-    return [_tabulate(name, f"{title}: {heading(group)}", group, rows, columns, note)]
+    note = (
+        f"The last that was logged as {logged}; docs/metrics.md says what each is. Of the "
+        "base, which logs nothing: what its verdicts hold, or else its log, in three decimals. "
+        f"{GAINS}"
+    )
+    return [_tabulate(name, f"{title}: {heading(group)}", group.axes, rows, columns, note)]
 
 
 def last_value(record: Record, metric: str) -> float:
@@ -173,32 +220,29 @@ def costs(records: Records, group: Group, name: str) -> list[Table]:
     counts = [
         Column(title, attrgetter(f"costs.{attribute}"), form, compared=False)
         for title, attribute, form in (
-            ("images", "images", ",.0f"),
+            (IMAGES, "images", ",.0f"),
             ("sequences back-propagated", "sequences", ",.0f"),
             ("optimizer steps", "optimizer_steps", ",.0f"),
-            ("seconds", "seconds", ",.0f"),
+            (MEASURED[0], "seconds", ",.0f"),
             ("KL to the base", "kl_to_base", ".3f"),
-            ("peak memory, GB", "peak_memory_gb", ".2f"),
+            (MEASURED[1], "peak_memory_gb", ".2f"),
         )
     ]
     speeds = [
-        Column(f"gain per minute, {DOMAINS[d]}", _gain_per_minute(records, d), "+.3f", False)
+        Column(f"{MEASURED[2]}, {DOMAINS[d]}", _gain_per_minute(records, d), "+.3f", False)
         for d in ("id", "ood")
     ]
     note = (
-        "Images are those sampled for training; a pair back-propagates two sequences; seconds are "
-        f"those of training without evaluations. {KL_UNIT} ± is the sample deviation over seeds."
+        "A pair back-propagates two sequences; seconds are those of training without evaluations. "
+        "Seconds, memory and gain per minute are measured; all else is the same of equal runs. "
+        f"{KL_UNIT} ± is the sample deviation over seeds."
     )
-    return [_tabulate(name, heading(group), group, rows, [*counts, *speeds], note)]
+    return [_tabulate(name, heading(group), group.axes, rows, [*counts, *speeds], note)]
 
 
-def _gain_per_minute(records: Records, domain: str) -> Callable[[Record], float]:
-    def measure(record: Record) -> float:
-        base = records.base(record.seed)
-        gain = domain_score(record, domain) - domain_score(base, domain) if base else math.nan
-        return 60 * gain / record.costs.seconds
-
-    return measure
+def _gain_per_minute(records: Records, domain: str) -> Measure:
+    gain = _gain(records, partial(domain_score, domain=domain))
+    return lambda record: 60 * gain(record) / record.costs.seconds
 
 
 # Rewards ----------------------------------------------------------------------------------------
@@ -227,14 +271,36 @@ def rewards(
         gains = [gain_of(found.get((reward, way)), bases, domain) for way, domain in ways]
         seeds = max(gain.seeds for gain in gains)
         if seeds:
-            lines.append([reward, seeds, *(Entry(gain, form="+.3f") for gain in gains)])
+            lines.append([reward, seeds, *(Entry(g, form="+.3f", row_seeds=seeds) for g in gains)])
     columns = [REWARD, "seeds", *(f"{way}, {DOMAINS[domain]}" for way, domain in ways)]
     note = (
         f"Gains over the base of the same seed. {BEST.capitalize()}: of the base's pictures the "
-        "reward chooses, without any training. ± is the sample deviation over seeds."
+        "reward chooses, without any training. ± is the sample deviation over seeds; a number of "
+        "fewer seeds than its row says of how many."
     )
     note = " ".join([note, *(f"* {DOMAINS[mark['domain']]}: {mark['note']}" for mark in marks)])
     return [_with_stars(Table(name, heading(group), columns, lines, 2, note), [REWARD], marks)]
+
+
+def uplifts(records: Records, group: Group, name: str) -> list[Table]:
+    """What the best of four of the base's pictures by each scorer reaches, on every suite.
+
+    Scorers are the group's rewards, and all others that looked at the base's pictures.
+    """
+    bases, judge = base_records(records, group), records.study.judge
+    watched = [name for base in bases.values() for s in base.suites.values() for name in s.watched]
+    scorers = dict.fromkeys([*group.axes.get(REWARD, ()), *([judge] if judge else []), *watched])
+    rows = [Row("base", {CHOOSER: "none: the base"}, bases)]
+    rows += [Row("best", {CHOOSER: s}, best_records(bases, s, judge)) for s in scorers]
+    columns = [
+        Column(f"{suite.suite}, {DOMAINS[suite.domain]}", partial(suite_score, suite=suite.suite))
+        for suite in suites_in(rows)
+    ]
+    title = f"{BEST.capitalize()} by each scorer, on every suite"
+    return [_tabulate(name, title, [CHOOSER], rows, columns, GAINS)]
+
+
+CHOOSER = "chosen by"
 
 
 # Making a table ---------------------------------------------------------------------------------
@@ -243,7 +309,7 @@ def rewards(
 def _tabulate(
     name: str,
     title: str,
-    group: Group,
+    axes: Collection[str],
     rows: Sequence[Row],
     columns: Sequence[Column],
     note: str,
@@ -258,18 +324,20 @@ def _tabulate(
         if any(entry.score.seeds for entry in line)
     ]
     titles = [
-        *(axis.replace("_", " ") for axis in group.axes),
+        *(axis.replace("_", " ") for axis in axes),
         "seeds",
         *compress([column.title for column in columns], kept),
     ]
     unknown = [column.title for column, keep in zip(columns, kept, strict=True) if not keep]
     if unknown:
         note += f" Not known of any row: {', '.join(unknown)}."
-    return Table(name, title, titles, lines, len(group.axes) + 1, note)
+    return Table(name, title, titles, lines, len(axes) + 1, note)
 
 
 def _entry(column: Column, row: Row, base: Mapping[int, Record]) -> Entry:
     values = {seed: column.measure(record) for seed, record in row.records.items()}
-    if row.kind == "base" or not column.compared:
-        return Entry(Spread.of(values.values()), form=column.form)
-    return compare(values, {seed: column.measure(r) for seed, r in base.items()}, column.form)
+    entry = Entry(Spread.of(values.values()), form=column.form)
+    if row.kind != "base" and column.compared:
+        of_base = {seed: column.measure(record) for seed, record in base.items()}
+        entry = compare(values, of_base, column.form)
+    return replace(entry, row_seeds=len(row.records))

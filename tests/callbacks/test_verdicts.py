@@ -271,6 +271,7 @@ def test_files_have_every_picture_s_verdict_and_the_exact_variant(module, whole,
     assert [record["copy"] for record in found["verdicts"]] == [0, 1, 2] * 4
     color = [r["total"] for r in found["verdicts"] if r["category"] == "color"]
     assert sum(color) / 6 == pytest.approx(metrics["val/id/near/color"], abs=1e-12)
+    assert found["diversity"] == metrics["val/id/near/diversity"] > 0
     first, cats = found["verdicts"][0], found["verdicts"][6]
     assert first["details"] == {"level": first["total"], "box": [1, 2]}
     assert first["parts"] == {"level": first["total"], "strict": float(first["total"] > 0.5)}

@@ -54,7 +54,9 @@ def study_file(folder: Path, seeds=(0, 1), **changes) -> Path:
         },
         "tables": {
             "results": {"group": "main", "kind": "suites"},
+            "shifts": {"group": "main", "kind": "shifts"},
             "by_reward": {"group": "main", "kind": "rewards"},
+            "best_of_4": {"group": "main", "kind": "uplifts"},
             "rounds": {"group": "rounds", "kind": "domains"},
             "costs": {"group": "main", "kind": "costs"},
         },

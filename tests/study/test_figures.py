@@ -93,3 +93,19 @@ def test_same_records_give_the_same_bytes(records, main):
     first, second = (figures.summary(records, main, "summary")[0].panels[0] for _ in range(2))
     assert first.svg == second.svg
     assert not re.search(r"<dc:date>|font-family|<text", first.svg)
+
+
+def test_captions_tell_the_number_of_seeds(records, main):
+    kept = {p: r for p, r in records.records.items() if p != ("main/broad-dpo", 1)}
+    fewer = replace(records, records=kept)
+    shown = (figures.summary, figures.curves, figures.uplift, figures.best_of_n)
+    for draw in shown:
+        [whole] = draw(records, main, "chart")
+        assert whole.caption.endswith("the sample deviation over 2 seeds.")
+    [part] = figures.summary(fewer, main, "chart")
+    assert part.caption.endswith("over 1 to 2 seeds.")
+    one = {place: record for place, record in kept.items() if place[1] == 0}
+    [single] = figures.levels(
+        replace(records, records=one), records.study.groups["rounds"], "chart", axis="rounds"
+    )
+    assert single.caption.endswith("one seed, so no bars and bands.")

@@ -12,7 +12,7 @@ PROMPTS = [("a red circle", "color"), ("two cats", "count"), ("three cats", "cou
 TOTALS = [[1.0, 0.5], [0.0, None], [1.0, 1.0]]  # None: no verdict
 
 
-def write_suite(folder, name="near", domain="id", totals=TOTALS, file=None):
+def write_suite(folder, name="near", domain="id", totals=TOTALS, file=None, **more):
     rows = [
         {
             "index": index,
@@ -32,7 +32,7 @@ def write_suite(folder, name="near", domain="id", totals=TOTALS, file=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     table = [{"name": name} for name in ("color[template]", "count", "mean")]
     content = {"suite": name, "domain": domain, "table": table, "verdicts": rows[::-1]}
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(more | content))
 
 
 def write_metrics(folder, rows):
@@ -83,6 +83,39 @@ def test_curves_are_against_images(tmp_path):
     assert curve.values.tolist() == [0.5, 0.75]
     assert (record.costs.images, record.costs.seconds, record.costs.kl_to_base) == (16, 1, 0.1)
     assert math.isnan(record.costs.sequences)
+
+
+PRINTED = """
+id/near/mean                                   0.549
+id/near/diversity                              0.297
+ood/far/diversity                              0.245
+"""
+
+
+def test_the_bases_diversity_is_that_of_its_verdicts_or_the_one_that_was_printed(tmp_path):
+    write_suite(tmp_path, diversity=0.29651)
+    write_suite(tmp_path, "far", "ood")
+    assert list(read_record(tmp_path, "base", 0).metrics) == ["val/id/near/diversity"]
+    (tmp_path / "log.txt").write_text(PRINTED)
+    metrics = read_record(tmp_path, "base", 0).metrics
+    assert {name: curve.values.tolist() for name, curve in metrics.items()} == {
+        "val/id/near/diversity": [0.29651],
+        "val/ood/far/diversity": [0.245],
+    }
+
+
+def test_what_a_run_logged_is_not_taken_from_what_it_printed(tmp_path):
+    write_suite(tmp_path)
+    (tmp_path / "log.txt").write_text(PRINTED)
+    write_metrics(tmp_path, [(2, "val/id/mean", 0.75)])
+    assert list(read_record(tmp_path, "r", 0).metrics) == ["val/id/mean"]
+
+
+def test_versions_of_the_base_are_those_of_its_verdicts(tmp_path):
+    write_suite(tmp_path, variant={"versions": {"cotgen_pl": "0.1", "torch": "2.14"}})
+    assert read_record(tmp_path, "base", 0).found == {"cotgen_pl": "0.1", "torch": "2.14"}
+    (tmp_path / "run.json").write_text(json.dumps({"commit": "0123abc"}))
+    assert read_record(tmp_path, "r", 0).found == {"commit": "0123abc"}
 
 
 def test_folder_without_verdicts_is_refused(tmp_path):

@@ -120,6 +120,12 @@ def test_csv_has_a_line_for_each_number():
     )
 
 
+def test_a_label_that_is_called_like_a_number_is_the_rows():
+    table = Table("one", "One", ["images", "seeds", "a"], [["x", 2, ENTRY]], 2)
+    [row] = csv.DictReader(io.StringIO(as_csv(table)))
+    assert (row["images"], row["row_seeds"], row["seeds"]) == ("x", "2", "3")
+
+
 def test_csv_leaves_out_what_is_not_known():
     one = Entry(Spread.of([0.5]))
     table = Table("one", "One", ["what", "a", "b"], [["x", one, Entry(Spread.of([]))]], 1)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 
@@ -79,6 +80,18 @@ def test_commit_configs_and_commands_stand_in_it(report):
     assert "Nothing: all runs of the study are finished" in text
 
 
+def test_names_of_columns_are_unique(report):
+    tables = sorted((report / "tables").glob("*.csv"))
+    assert len(tables) >= 8
+    for path in tables:
+        columns = path.read_text().splitlines()[0].split(",")
+        assert len(set(columns)) == len(columns), path.name
+    text = (report / "report.md").read_text().splitlines()
+    heads = [line.split(" | ") for line, below in pairwise(text) if below.startswith("| ---")]
+    assert len(heads) >= 8
+    assert all(len(set(head)) == len(head) for head in heads)
+
+
 def test_same_records_give_the_same_files(report, records, tmp_path):
     own = Found(claim("A"), "seen", {"difference": Interval(0.05, 0.01, 0.09)}, 6)
     write_report(records, [own], tmp_path)
@@ -130,11 +143,31 @@ def test_study_without_a_finished_run_has_a_report(tmp_path):
         ({"group": "main"}, "got None"),
         ({"group": "main", "kind": "suites", "domain": "id"}, r"got unknown \['domain'\]"),
         ({"group": "main", "kind": "metrics"}, r"missing \['metrics', 'title'\]"),
+        (
+            {"group": "main", "kind": "rewards", "marks": [{"labels": {"reward": "exat"}}]},
+            r"expected axes and levels of group main \(.*\), got reward 'exat'",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_refused(tmp_path, entry, message):
     study = read_study(study_file(tmp_path, tables={"mine": entry}))
     with pytest.raises(ValueError, match=f"mine: .*{message}"):
+        check_shown(study)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"group": "rounds", "kind": "levels", "axis": "round"}, "mine: .* group rounds .* round;"),
+        ({"group": "rounds", "kind": "best_of_n"}, "mine: .* got reward;"),
+        ({"group": "rounds", "kind": "uplift"}, "group rounds: expected an axis 'reward'"),
+        ({"group": "rounds", "kind": "comparison", "labels": {"rounds": 2}}, "mine: .* rounds 2;"),
+        ({"group": "main", "kind": "curves", "against": ["image"]}, "expected against to be one"),
+    ],
+)
+def test_charts_of_axes_that_a_group_does_not_have_are_refused(tmp_path, entry, message):
+    study = read_study(study_file(tmp_path, figures={"mine": entry}))
+    with pytest.raises(ValueError, match=message):
         check_shown(study)
 
 

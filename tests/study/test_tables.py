@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 
 from cotgen_pl.study.entries import Entry, Spread, compare
-from cotgen_pl.study.folders import Records
-from cotgen_pl.study.tables import costs, domains, metrics, rewards, suites
+from cotgen_pl.study.folders import Curve, Records
+from cotgen_pl.study.tables import (
+    MEASURED,
+    costs,
+    domains,
+    metrics,
+    rewards,
+    shifts,
+    suites,
+    uplifts,
+)
 
 DEVIATION = 0.01 / math.sqrt(2)  # of two seeds that lie 0.01 apart
 
@@ -102,7 +111,7 @@ def test_a_mean_over_a_category_without_any_verdict_is_not_known(records, main):
 def test_domains_stand_beside_images_and_divergence(records):
     [table] = domains(records, records.study.groups["rounds"], "rounds")
     assert "controlled" in table.title
-    assert entry_of(table, "images", "2", "grpo").lines() == ["128 ± 0"]
+    assert entry_of(table, "images sampled", "2", "grpo").lines() == ["128 ± 0"]
     assert entry_of(table, "KL to the base", "2", "grpo").score.mean == pytest.approx(0.2)
     assert entry_of(table, "out of domain", "2", "grpo").difference.mean == pytest.approx(0.155)
     assert entry_of(table, "in domain, strict", "base").score.mean == pytest.approx(0.5)
@@ -140,3 +149,87 @@ def test_any_logged_number_has_a_table(records, main):
     assert table.columns == ["reward", "algorithm", "seeds", "divergence"]
     assert table.title == "How far: Rewards and algorithms"
     assert isinstance(table.rows[0][3], Entry)
+    assert table.rows[0][0] == "exact"  # nothing is logged of the base
+
+
+def with_diversity(record, value):
+    one = np.ones(1)
+    return replace(record, metrics=record.metrics | {DIVERSITY: Curve(one, one, value * one)})
+
+
+DIVERSITY = "val/id/near/diversity"
+
+
+def test_what_the_base_has_too_is_compared_with_it(records, main):
+    found = {
+        place: with_diversity(record, 0.3 if place[0] == "base" else 0.2)
+        for place, record in records.records.items()
+    }
+    records = replace(records, records=found)
+    [table] = metrics(records, main, "variety", "Variety", {"in domain": DIVERSITY})
+    assert [row[:2] for row in table.rows][:2] == [["base", ""], ["exact", "dpo"]]
+    assert entry_of(table, "in domain", "base").lines() == ["0.300 ± 0.000"]
+    assert entry_of(table, "in domain", "exact", "dpo").difference.mean == pytest.approx(-0.1)
+
+
+def with_shift(record):
+    """The record with a suite that is the one in domain, less 0.05 for who was trained."""
+    near = record.suites["near"]
+    loss = 0 if record.run == "base" else 0.05
+    moved = replace(near, suite="wording", domain="shift", graded=near.graded - loss)
+    return replace(record, suites=record.suites | {"wording": moved})
+
+
+@pytest.fixture
+def shifted(records):
+    found = {place: with_shift(record) for place, record in records.records.items()}
+    return replace(records, records=found)
+
+
+def test_shifts_stand_beside_what_they_cost(shifted, main):
+    [table] = shifts(shifted, main, "shifts")
+    assert table.columns[2:] == [
+        "seeds",
+        "in domain",
+        *("out of domain", "cost, out of domain"),
+        *("shift of wording", "cost, shift of wording"),
+    ]
+    assert len(table.rows) == 3 + 6  # best of four by each reward, and the runs
+    exact = ("exact", "dpo")
+    assert entry_of(table, "in domain", *exact).score.mean == pytest.approx(0.255)
+    assert entry_of(table, "shift of wording", *exact).score.mean == pytest.approx(0.205)
+    cost = entry_of(table, "cost, shift of wording", *exact).score
+    assert cost.mean == pytest.approx(0.05) and cost.seeds == 2
+    assert entry_of(table, "cost, out of domain", *exact).score.mean == pytest.approx(0.25)
+    chosen = entry_of(table, "cost, shift of wording", "broad", "best of 4").score
+    assert chosen.mean == pytest.approx(0)
+
+
+def test_scorers_that_only_watched_have_an_uplift_on_every_suite(shifted, main):
+    main = replace(main, axes=main.axes | {"reward": ("exact", "broad")})
+    [table] = uplifts(shifted, main, "best_of_4")
+    assert table.columns == [
+        *("chosen by", "seeds"),
+        *("near, in domain", "far, out of domain", "wording, shift"),
+    ]
+    assert [row[0] for row in table.rows] == ["none: the base", "exact", "broad", "narrow"]
+    assert entry_of(table, "wording, shift", "broad").difference.mean == pytest.approx(0.1)
+    assert entry_of(table, "wording, shift", "narrow").difference.mean == pytest.approx(0)
+
+
+def test_numbers_of_fewer_seeds_than_their_row_say_so(records, main):
+    kept = {p: r for p, r in records.records.items() if p != ("main/broad-dpo", 1)}
+    [table] = rewards(replace(records, records=kept), main, "rewards")
+    assert entry_of(table, "seeds", "broad") == 2
+    assert entry_of(table, "dpo, in domain", "broad").lines() == ["+0.220 ± ? (1 of 2 seeds)"]
+    assert entry_of(table, "grpo, in domain", "broad").lines() == ["+0.125 ± 0.007"]
+
+
+def test_columns_that_the_machine_decides_are_named(records, main):
+    [table] = costs(records, main, "costs")
+    measured = [column for column in table.columns if column.startswith(MEASURED)]
+    assert measured == [
+        "seconds",
+        "gain per minute, in domain",
+        "gain per minute, out of domain",
+    ]

@@ -1,5 +1,6 @@
 """A study of two runs on the Shapes world from one command."""
 
+import csv
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ import yaml
 
 from cotgen_pl.study.definition import read_study
 from cotgen_pl.study.progress import read_records, run_state
+from cotgen_pl.study.tables import MEASURED
 from tools.study import run_study
 
 PROMPTS = "cotgen_pl/shapes/assets/prompts"
@@ -99,6 +101,19 @@ def but_seconds(folder: Path) -> list[str]:
     return [line for line in lines if not any(name in line for name in clock)]
 
 
+def numbers_of(report: Path) -> dict[str, list[dict[str, str]]]:
+    """The rows of each of a report's tables but for columns that the machine decides."""
+    return {
+        path.name: [row for row in csv.DictReader(file) if not is_measured(row)]
+        for path in sorted((report / "tables").glob("*.csv"))
+        for file in [path.read_text().splitlines()]
+    }
+
+
+def is_measured(row: dict[str, str]) -> bool:
+    return row.get("column", "").startswith(MEASURED)
+
+
 def verdicts_of(folder: Path) -> dict[str, list]:
     paths = sorted((folder / "evaluation").glob("*.json"))
     return {path.name: json.loads(path.read_text())["verdicts"] for path in paths}
@@ -116,6 +131,29 @@ def test_a_missing_config_is_named(workplace, tmp_path):
     path.write_text(path.read_text().replace("settings/dpo.yaml", "settings/nothing.yaml"))
     with pytest.raises(ValueError, match=r"run main/dpo: expected a config at .*nothing\.yaml"):
         run_study([str(path)])
+
+
+def test_a_misspelt_group_of_a_claim_is_named_whatever_is_to_run(workplace, tmp_path):
+    claim = {"says": "s", "test": "difference", "group": "mian", "domain": "id"}
+    claim |= {"of": {"algorithm": "dpo"}, "minus": {"algorithm": "grpo"}}
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump({"claims": {"one": claim}}))
+    path = write_study(tmp_path)
+    path.write_text(f"{path.read_text()}\nclaims: {tmp_path / 'claims.yaml'}\n")
+    for flags in (["--plan"], ["--report"], ["--only", "main"]):
+        with pytest.raises(ValueError, match="claim one: expected a group among main, got 'mian'"):
+            run_study([str(path), *flags])
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_chart_of_a_group_that_waits_is_checked_too(workplace, tmp_path):
+    content = yaml.safe_load(write_study(tmp_path).read_text())
+    content["groups"]["later"] = content["groups"]["main"] | {"priority": "extra"}
+    content["figures"] = {"wrong": {"group": "later", "kind": "levels", "axis": "algorithms"}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(ValueError, match="wrong: expected axes and levels of group later"):
+        run_study([str(path), "--quick"])
+    assert not (tmp_path / "study").exists()
 
 
 def check_report(path: Path) -> None:
@@ -152,6 +190,22 @@ def test_a_study_runs_is_skipped_when_finished_and_refuses_other_settings(
     check_report(path)
     with pytest.raises(ValueError, match=r"config\.yaml: expected the run that the study names"):
         run_study([str(write_study(tmp_path, **{"model.init_args.guidance": 1.5}))])
+
+
+@pytest.mark.slow
+def test_two_studies_of_the_same_seeds_have_the_same_tables(workplace, tmp_path):
+    """All numbers but seconds, memory and gain per minute, which are in both."""
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        assert run_study([str(write_study(tmp_path / name))]) == 0
+        report = tmp_path / name / "study/report"
+        measured = csv.DictReader((report / "tables/costs.csv").read_text().splitlines())
+        assert {row["column"] for row in measured if is_measured(row)} >= {"seconds"}
+        found.append(numbers_of(report))
+    assert found[0].keys() >= {"results-near.csv", "results-far.csv", "costs.csv", "runs.csv"}
+    assert any(row["column"] == "optimizer steps" for row in found[0]["costs.csv"])
+    assert found[0] == found[1]
 
 
 @pytest.mark.exhaustive

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cotgen_pl.study.agreement import find_difference
 from cotgen_pl.study.definition import read_study
 from cotgen_pl.study.progress import read_records
 from tests.rewards.test_hps import write as write_small_hps
@@ -20,7 +21,7 @@ from tests.stand_ins import (
     write_benchmarks,
     write_complex,
 )
-from tools.study import run_study
+from tools.study import read_settings, run_study
 
 SIX = ["color", "shape", "texture", "spatial[open_vocabulary]", "non_spatial"]
 SIX.append("complex[open_vocabulary]")
@@ -70,6 +71,13 @@ def test_both_algorithms_are_tuned_with_equal_means(plan_of):
     assert plan["sum"] == [1 + 2 * 9, 2 * 9 * 16_384]
 
 
+def test_both_algorithms_are_tuned_with_equal_means_on_janus_pro(plan_of):
+    plan = plan_of("tuning_janus_pro")
+    assert plan["grpo"][:2] == plan["dpo"][:2] == [9, 9 * 51_200]
+    assert plan["grpo"][2] > 0 < plan["dpo"][2]
+    assert plan["sum"][:2] == [1 + 2 * 9, 2 * 9 * 51_200]
+
+
 @pytest.mark.slow
 def test_the_shapes_study_is_planned(plan_of):
     plan = plan_of("shapes")
@@ -84,7 +92,24 @@ def test_the_janus_pro_study_is_planned_with_gpu_hours(plan_of):
     assert plan["main"][:2] == [5 * 2 * 3, 5 * 2 * 3 * 51_200]
     assert plan["base"] == [3, 0, 0]
     assert all(hours > 0 for name, (_, _, hours) in plan.items() if name != "base")
+    assert plan["logprobs"][:2] == [4 * 3, 4 * 3 * 51_200]  # beside those of samples_growing
+    assert plan["best_of_n_tuning"][:2] == [3, 3 * 51_200]
     check_sums(plan)
+
+
+@pytest.mark.filterwarnings("ignore:.*args parameter is intended to run from within Python.*")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes", "janus_pro", "tuning", "tuning_janus_pro"])
+def test_what_a_run_saves_is_what_its_study_says(workplace, name):
+    """A seventh of the runs, the base among them, as the command line reads them."""
+    study = read_study(f"configs/studies/{name}.yaml")
+    runs = list(study.runs.values())[::7]
+    assert len(runs) >= 3
+    for run in runs:
+        _, saved = read_settings(study, run)
+        assert find_difference(study, run, run.seeds[0], saved) is None
+        other = saved | {"seed_everything": 99}
+        assert find_difference(study, run, run.seeds[0], other) is not None
 
 
 def check_sums(plan: dict[str, list[float]]) -> None:
