@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -373,7 +373,7 @@ class JanusPolicy(Policy):
         shared: dict[int, Any] = {id(p): p for p in self.parameters() if not p.requires_grad}
         twin = copy.deepcopy(self, shared)
         twin._compile()  # a compiled function is not copied: it would still read this policy
-        return freeze(twin)
+        return cast(Policy, freeze(twin))
 
     def blocks(self) -> list[nn.Module]:
         """The language model's layers."""

@@ -184,7 +184,7 @@ def test_a_claim_about_two_groups_needs_seeds_and_places_of_both(tmp_path):
         ({"minus_group": "othre"}, "claim one: expected a group among main, other, got 'othre'"),
         ({"domain": "odo"}, "claim one: expected a domain among id, ood, shift, got 'odo'"),
         ({"of": {"algorithm": "ppo"}}, "claim one: expected places"),
-        ({"over": "sizes"}, "claim one: expected places and an axis .* got sizes"),
+        ({"over": "sizes"}, "claim one: expected places and an axis .* over sizes;"),
     ],
 )
 def test_claims_about_what_a_study_does_not_have_are_refused(tmp_path, changes, message):
