@@ -1,13 +1,17 @@
-"""How fast is it here? `python tools/bench.py rollout|growth|update|reward|step --size NAME`.
+"""How fast is it here? `python tools/bench.py PHASE --size NAME`.
 
 Times a phase on random weights of a stated size (or on a checkpoint's: --path), warm, several
 times, to the device's last kernel, and holds it to the machine's own limits, which are measured in
 the same run. Nothing is downloaded.
 
+  rollout                          tokens of --batch images, drawn at once
   rollout --against transformers   the same weights and prompts through transformers' generate, in
                                    turns, after both drew the same greedy tokens
   growth                           rollouts of 1, 2, 4 ... up to --batch images, and what memory
                                    one image more takes, beside what the formula says
+  paths                            rollouts by each path of `DecodingSettings`, and how far tokens
+                                   and log-probs lie from transformers' own layers'
+  update, reward, step             the other phases of GRPO, and all together
   step --against naive             a plain GRPO step (cotgen_pl/bench/naive.py) in turns, and what
                                    each of its habits costs: switched on alone, against the same
                                    step without any
@@ -44,6 +48,7 @@ from cotgen_pl.bench.measuring import (
     time_alternately,
 )
 from cotgen_pl.bench.naive import pad_left
+from cotgen_pl.bench.paths import compare_paths, draw_by, paths_on
 from cotgen_pl.bench.report import Row, as_json, describe_machine, format_found
 from cotgen_pl.bench.roofline import Load, Machine, Network, Work, cache_bytes, phase_works
 from cotgen_pl.bench.scoring import measure_scoring, read_reward
@@ -101,7 +106,11 @@ class RandomJanus(JanusPolicy):
 
 def build_policy(own: argparse.Namespace, folder: Path) -> JanusPolicy:
     """The policy of a size or a path, not loaded; `folder` takes the files of a made one."""
-    arguments = {"dtype": own.dtype, "gradient_checkpointing": own.recompute}
+    arguments = {
+        "dtype": own.dtype,
+        "trained_dtype": own.trained_dtype,
+        "gradient_checkpointing": own.recompute,
+    }
     if own.path or own.size == "shapes":
         return JanusPolicy(own.path or str(ASSETS / "janus"), **arguments)
     texts = [prompt.text for prompt in read_shapes_prompts()]
@@ -216,6 +225,20 @@ def rollout_bytes(own: argparse.Namespace, images: int) -> int:
         return peak_bytes(device)[0] - loaded
 
 
+def measure_paths(own: argparse.Namespace, machine: Machine, folder: Path) -> dict[str, Any]:
+    """Each path held to the eager one, and their rollouts in turns."""
+    policy, device = load_to_draw(own, folder), torch.device(own.device)
+    texts = [prompt.text for prompt in pick_prompts(own)]
+    found = compare_paths(policy, texts, own.guidance)
+    runs = {path: partial(draw_by, policy, path, texts, own.guidance) for path in paths_on(device)}
+    least = machine.least_seconds(count_work(own, policy, pick_prompts(own))["rollout"])
+    found["rows"] = [
+        Row(path, timing, len(texts), policy.num_tokens, least)
+        for path, timing in time_alternately(runs, own.repeats, device).items()
+    ]
+    return found
+
+
 def load_to_draw(own: argparse.Namespace, folder: Path) -> JanusPolicy:
     """The policy on its device with all weights in one type, for nothing trains."""
     policy = build_policy(own, folder).load().to(own.device)
@@ -305,6 +328,7 @@ def train(
         folder,
         device=own.device,
         dtype=own.dtype,
+        optimizer=own.optimizer,
         guidance=own.guidance,
         images_per_update=own.batch,
         group_size=own.group_size,
@@ -343,6 +367,7 @@ def step_bytes(own: argparse.Namespace, name: str) -> int:
 PHASES = {
     "rollout": measure_rollout,
     "growth": measure_growth,
+    "paths": measure_paths,
     "update": measure_update,
     "reward": measure_reward,
     "step": measure_step,

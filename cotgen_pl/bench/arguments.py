@@ -12,13 +12,13 @@ import torch
 from cotgen_pl.bench.generate import check_generates
 from cotgen_pl.bench.naive import Habits
 from cotgen_pl.bench.sizes import SIZES
-from cotgen_pl.bench.steps import PRECISIONS
+from cotgen_pl.bench.steps import PRECISIONS, find_optimizer
 from cotgen_pl.interfaces import check_positive
 from cotgen_pl.sampling import LogprobMode, check_guidance
 
 AGAINST = {"rollout": "transformers", "step": "naive"}
-BATCHES = {"rollout": 16, "growth": 128, "update": 16, "reward": 64, "step": 16}
-GROUP_SIZES = {"rollout": 1, "growth": 1, "update": 4, "reward": 1, "step": 4}
+BATCHES = {"rollout": 16, "growth": 128, "paths": 8, "update": 16, "reward": 64, "step": 16}
+GROUP_SIZES = {"rollout": 1, "growth": 1, "paths": 1, "update": 4, "reward": 1, "step": 4}
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group_size", type=int, help=f"of one prompt; by default {GROUP_SIZES}")
     parser.add_argument("--guidance", type=float, default=5.0, help="1 is none")
     parser.add_argument("--logprobs", choices=modes, default="conditional", help="that train")
-    parser.add_argument("--micro_batch_size", type=int, help="images per pass in updates")
+    parser.add_argument("--micro_batch_size", type=read_size, help="images per pass, or auto")
     parser.add_argument("--drawn_at_once", type=int, help="images of a rollout, in ours alone")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
     parser.add_argument("--reward", default="configs/rewards/shapes_broad.yaml", help="its YAML")
@@ -47,6 +47,8 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default_device)
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32")
+    parser.add_argument("--trained_dtype", choices=PRECISIONS, default="float32")
+    parser.add_argument("--optimizer", default="torch.optim.AdamW", help="its class path")
     parser.add_argument("--json", type=Path, help="a file to write all numbers to")
     own = parser.parse_args(arguments)
     own.batch = BATCHES[own.phase] if own.batch is None else own.batch
@@ -54,6 +56,11 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     own.group_size = GROUP_SIZES[own.phase] if own.group_size is None else own.group_size
     check_arguments(own)
     return own
+
+
+def read_size(text: str) -> int | str:
+    """A number of images, or `auto`."""
+    return text if text == "auto" else int(text)
 
 
 def check_habits(own: argparse.Namespace) -> None:
@@ -70,6 +77,12 @@ def check_arguments(own: argparse.Namespace) -> None:
     """Raise a ValueError for what cannot be measured."""
     check_positive(batch=own.batch, group_size=own.group_size, repeats=own.repeats)
     check_guidance(own.guidance)
+    find_optimizer(own.optimizer)
+    if own.group_size > 1 and own.phase in ("growth", "paths"):
+        raise ValueError(
+            f"expected --group_size 1 beside {own.phase}, whose images have a prompt each, got "
+            f"{own.group_size}; leave it out"
+        )
     if own.batch % own.group_size:
         raise ValueError(
             f"expected --batch to be a multiple of --group_size {own.group_size}, got "

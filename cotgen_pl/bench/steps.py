@@ -7,7 +7,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -60,6 +62,7 @@ def run_in_trainer(
     *,
     device: str,
     dtype: str,
+    optimizer: str = "torch.optim.AdamW",
     **settings: Any,
 ) -> None:
     """Set a GRPO run up as an experiment would, and measure in place of its first step.
@@ -71,12 +74,13 @@ def run_in_trainer(
         folder: The run's.
         device: `cpu` or `cuda`.
         dtype: A key of `PRECISIONS`.
+        optimizer: Class path.
         **settings: Of `GRPOModule`.
     """
     module = MeasuredGRPO(
         policy,
         MeanPixel(),
-        lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE),
+        partial(find_optimizer(optimizer), lr=LEARNING_RATE),
         images_budget=sys.maxsize,
         kl_coef=KL_COEF,
         **settings,
@@ -95,6 +99,24 @@ def run_in_trainer(
             default_root_dir=folder,
         )
         trainer.fit(module, DataLoader([prompts], batch_size=None))  # type: ignore[arg-type]
+
+
+def find_optimizer(class_path: str) -> Callable[..., torch.optim.Optimizer]:
+    """The class that a path names.
+
+    Raises:
+        ValueError: There is none, or it is no optimizer.
+    """
+    try:
+        found = resolve_name(class_path)
+    except (ImportError, AttributeError, ValueError) as error:
+        found = error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ValueError(
+            f"expected an optimizer's class path, like torch.optim.AdamW, got {class_path!r} "
+            f"({found}); correct --optimizer"
+        )
+    return found
 
 
 @contextmanager

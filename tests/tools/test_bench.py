@@ -109,6 +109,25 @@ def test_update_of_made_weights(tiny_size, tmp_path, arguments):
     assert found["rows"][0]["roofline_share"] > 0
 
 
+def test_update_of_weights_in_bfloat16(tiny_size, tmp_path):
+    sizes = ["--size", "small", "--batch", "4", "--micro_batch_size", "auto", "--repeats", "1"]
+    types = ["--dtype", "bfloat16", "--trained_dtype", "bfloat16"]
+    optimizer = ["--optimizer", "cotgen_pl.optimizers.StochasticAdamW8bit"]
+    found = run(tmp_path, "update", *sizes, *types, *optimizer)
+    assert found["rows"][0]["images_per_s"] > 0
+    assert found["settings"]["trained_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 1.0), ("bfloat16", 0.3)])
+def test_paths_are_held_to_the_eager_one(tiny_size, tmp_path, dtype, least):
+    sizes = ["--size", "small", "--batch", "3", "--repeats", "1", "--dtype", dtype]
+    found = run(tmp_path, "paths", *sizes)
+    assert [row["name"] for row in found["rows"]] == ["fused", "eager"]
+    assert least <= found["equal_tokens"]["fused"] <= 1
+    guided, alone = (found[f"{kind}_logprobs_p99"]["fused"] for kind in ("guided", "conditional"))
+    assert (0 <= alone < 1e-4 and guided < 1e-4) if dtype == "float32" else 0 < alone < guided < 1
+
+
 def test_step_against_naive(tiny_janus, tmp_path, monkeypatch, capsys):
     bytes_of = {"ours": 5_000_000, "naive": 20_000_000, "naive without habits": 4_000_000}
     monkeypatch.setattr(tools.bench, "measure_apart", lambda _, own, name: bytes_of.get(name, 6e6))
@@ -203,6 +222,9 @@ def test_scoring_tells_how_much_a_batch_matters(reward: Reward, difference):
     [
         (["step", "--batch", "6"], "multiple of --group_size 4, got 6"),
         (["growth", "--batch", "1"], "expected --batch of 2 or more beside growth, got 1"),
+        (["paths", "--group_size", "2"], "expected --group_size 1 beside paths"),
+        (["step", "--optimizer", "torch.optim.Adamw"], "optimizer's class path, like .* 'torch"),
+        (["step", "--optimizer", "torch.nn.Linear"], "an optimizer's class path"),
         (["rollout", "--batch", "0"], "expected batch of 1 or more"),
         (["rollout", "--guidance", "0.5"], "expected guidance of 1"),
         (["rollout", "--against", "naive"], "expected --against transformers beside rollout"),
