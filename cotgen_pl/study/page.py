@@ -119,6 +119,7 @@ def _html_table(table: Table) -> str:
 
 
 LONG = 30  # letters of a label from which on it may take several lines
+LONG_CELL = 60  # likewise of a line of numbers with words
 
 
 def _html_cell(content: Content, is_label: bool) -> str:
@@ -133,6 +134,7 @@ def _html_cell(content: Content, is_label: bool) -> str:
         long = ' class="long"' if len(lines[0]) > LONG else ""
         return f'<th scope="row"{long}>{lines[0]}</th>'
     kind = "text" if isinstance(content, str | int) else "number"
+    kind += " long" if max(map(len, lines)) > LONG_CELL else ""
     return f'<td class="{kind}">{_html_lines(lines)}</td>'
 
 
