@@ -6,7 +6,7 @@ About all pictures of a rollout at its end, or about each part while the next on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -36,6 +36,19 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Scores:
     if isinstance(scores, Scores) and not scores.seconds:  # an ensemble has told its members'
         scores.seconds = {reward.name: time.perf_counter() - started}
     return scores
+
+
+def ask_each(
+    rewards: Mapping[str, Reward], images: Tensor, prompts: Sequence[Prompt]
+) -> dict[str, Scores]:
+    """The verdict of each reward, by its name; one under several names is asked once."""
+    verdicts: dict[int, Scores] = {}
+    for reward in rewards.values():
+        if id(reward) not in verdicts:
+            scores = ask(reward, images, prompts)
+            check_scores(scores, len(images), reward.name, most_missing=None)
+            verdicts[id(reward)] = scores
+    return {name: verdicts[id(reward)] for name, reward in rewards.items()}
 
 
 class Questions:

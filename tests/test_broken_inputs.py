@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cotgen_pl.data.formats import Format, PromptFile, read_prompts
 from cotgen_pl.interfaces import Prompt
-from cotgen_pl.pair_sets import PairSet, load_reference, save_reference
+from cotgen_pl.pairs.sets import PairSet, load_reference, save_reference
 from cotgen_pl.rewards.remote import RemoteReward
 from cotgen_pl.run_checkpoints import WholeCheckpoints, newest_good
 from tests.test_command_line import assert_same, settings_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from tests.test_resumed_rounds import settings_of as rounds_settings
 from tests.toys import write_prompts
 

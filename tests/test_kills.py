@@ -27,9 +27,9 @@ STAGES = {  # what is called, how often until the kill, whether it was done by t
     "sampling": ("cotgen_pl.policies.janus.JanusPolicy.step", 40, False),
     "scoring": ("tests.toys.NoisyBrightness.score", 3, False),
     "update": ("torch.optim.SGD.step", 4, True),
-    "evaluation": ("cotgen_pl.callbacks.verdicts.VerdictStore.append", 3, True),
+    "evaluation": ("cotgen_pl.evaluation.verdicts.VerdictStore.append", 3, True),
     "checkpoint": ("cotgen_pl.run_checkpoints._write_to_disk", 4, False),
-    "pairs": ("cotgen_pl.pair_sets.PairSetWriter.write", 5, True),
+    "pairs": ("cotgen_pl.pairs.sets.PairSetWriter.write", 5, True),
 }
 
 

@@ -14,7 +14,7 @@ from cotgen_pl.data.prompts import PromptData, PromptFile
 from cotgen_pl.interfaces import Prompt, Reward, Scores
 from cotgen_pl.modules.dpo import DPOModule
 from cotgen_pl.modules.grpo import GRPOModule
-from cotgen_pl.pair_sets import Drawn, PairSet, PairSetWriter
+from cotgen_pl.pairs.sets import Drawn, PairSet, PairSetWriter
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.sharding import whole
 

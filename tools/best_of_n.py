@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from cotgen_pl.best_of_n import best_of_n_curve
-from cotgen_pl.callbacks.suites import UNNAMED
-from cotgen_pl.callbacks.tables import NUM_ERRORS
+from cotgen_pl.evaluation.suites import UNNAMED
+from cotgen_pl.evaluation.tables import NUM_ERRORS
 from cotgen_pl.files import read_rows, without_nan, write_whole
 from cotgen_pl.monitors import mean_error
 

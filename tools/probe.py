@@ -26,12 +26,12 @@ from torch import Tensor
 
 from cotgen_pl.callbacks.evaluation import SuiteEvaluation
 from cotgen_pl.callbacks.rounds import IterativeRounds
-from cotgen_pl.callbacks.suites import ask_each
 from cotgen_pl.data.prompts import PromptData, check_scorable, read_prompts
 from cotgen_pl.interfaces import Prompt, Reward, Scores, check_positive
 from cotgen_pl.metrics import reward_metrics
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.monitors import best_of_uplift, rank_agreement
+from cotgen_pl.scoring import ask_each
 
 if __package__:  # as a module of tools/
     from tools.main import CommandLine, main, run_command

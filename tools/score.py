@@ -2,7 +2,7 @@
 
 `python tools/score.py FOLDER --layout geneval --prompts data/geneval/evaluation_metadata.jsonl
 --reward configs/rewards/geneval.yaml` prints the table that `validate` prints, see
-`cotgen_pl.callbacks.tables`, and writes three files beside each other: OUT.json (the table, the
+`cotgen_pl.evaluation.tables`, and writes three files beside each other: OUT.json (the table, the
 reward's description with hashes of its weights, what was scored, every verdict), OUT.csv (a row per
 picture) and OUT.jsonl (the reward's verdicts, appended batch by batch: a run that was killed goes
 on behind its last one).
@@ -29,11 +29,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import cotgen_pl
-from cotgen_pl.callbacks.suites import OWN, JudgedSuite, Suite
-from cotgen_pl.callbacks.tables import Row, format_rows, suite_rows, warn_of_equal
-from cotgen_pl.callbacks.verdicts import as_plain, describe_judge
 from cotgen_pl.data.formats import ORIGIN, Format
 from cotgen_pl.data.prompts import PromptFile, check_scorable, read_prompts
+from cotgen_pl.evaluation.suites import OWN, JudgedSuite, Suite
+from cotgen_pl.evaluation.tables import Row, format_rows, suite_rows, warn_of_equal
+from cotgen_pl.evaluation.verdicts import as_plain, describe_judge
 from cotgen_pl.files import append_rows, read_rows, without_nan, write_whole
 from cotgen_pl.interfaces import Prompt, Reward, check_positive, check_scores
 from cotgen_pl.layouts import Layout, Picture, find_pictures, read_picture

@@ -11,32 +11,31 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from cotgen_pl.callbacks.base import Observer
-from cotgen_pl.callbacks.leak_check import LeakAction, LeakCheck
-from cotgen_pl.callbacks.suites import (
+from cotgen_pl.data.prompts import check_scorable
+from cotgen_pl.evaluation.divergence import divergence
+from cotgen_pl.evaluation.judging import Gallery, judge_suite
+from cotgen_pl.evaluation.leak_check import LeakAction, LeakCheck
+from cotgen_pl.evaluation.suites import (
     OWN,
-    Gallery,
     JudgedSuite,
     Metrics,
     Suite,
     check_shares,
-    divergence,
     domain_mean,
     domain_means,
     domain_verdicts,
     domains_of,
-    judge_suite,
     read_suite,
     sample_prompts,
 )
-from cotgen_pl.callbacks.tables import (
+from cotgen_pl.evaluation.tables import (
     format_table,
     format_tables,
     full_name,
     warn_of_equal,
     write_verdicts,
 )
-from cotgen_pl.callbacks.verdicts import VerdictStore, describe_judge, describe_variant
-from cotgen_pl.data.prompts import check_scorable
+from cotgen_pl.evaluation.verdicts import VerdictStore, describe_judge, describe_variant
 from cotgen_pl.interfaces import Reward, check_positive
 from cotgen_pl.modules.base import PolicyModule, scorer_of
 from cotgen_pl.monitors import Course, watch_hacking
@@ -68,7 +67,7 @@ class SuiteEvaluation(Observer):
     A run's start and end and `validate` are thorough: all prompts. One that is killed goes on where
     it was, if weights, prompts, rewards and seeds are the same: its verdicts so far lie in
     `evaluation/unfinished`. At the end of a run and in `validate` the tables of
-    `cotgen_pl.callbacks.tables` are printed, and every picture's verdict stands in
+    `cotgen_pl.evaluation.tables` are printed, and every picture's verdict stands in
     `evaluation/<suite>.json` and `.csv`. With `prompts_per_category`, all that is logged is of the
     prompts that every evaluation scores, so that the points of a curve, and `ModelCheckpoint`'s
     best, compare with each other; the start and the end log the means over all prompts beside it,
@@ -88,7 +87,7 @@ class SuiteEvaluation(Observer):
         prompts_per_category: Prompts of each suite's categories in the middle of a run, spread
             evenly over the category's list and the same each time; absent means all.
         leaks: What to do about prompts in training that a suite in or out of domain holds out; see
-            `cotgen_pl.callbacks.leak_check.LeakCheck`.
+            `cotgen_pl.evaluation.leak_check.LeakCheck`.
         scores_start: Whether a run's start is scored; what `validate` says of the same weights
             and seed is the same.
         pictures_per_category: Prompts of each suite's categories whose first picture is kept with

@@ -22,11 +22,10 @@ from tqdm.auto import tqdm
 
 import cotgen_pl
 from cotgen_pl.best_of_n import choose
-from cotgen_pl.callbacks.suites import ask_each
-from cotgen_pl.callbacks.verdicts import as_plain, describe_judge
 from cotgen_pl.checkpoints import hash_weights
 from cotgen_pl.data.formats import ORIGIN
 from cotgen_pl.data.prompts import PromptData, check_scorable
+from cotgen_pl.evaluation.verdicts import as_plain, describe_judge
 from cotgen_pl.files import append_rows, read_rows, write_whole
 from cotgen_pl.interfaces import Prompt, Reward, Scores, check_positive
 from cotgen_pl.layouts import (
@@ -40,6 +39,7 @@ from cotgen_pl.layouts import (
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.pixels import round_to_bytes, to_pillow
 from cotgen_pl.sampling import noise_seed, uniform_noise
+from cotgen_pl.scoring import ask_each
 
 STREAM = "predict"
 SCORES = "scores.jsonl"

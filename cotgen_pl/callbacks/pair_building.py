@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,21 +13,19 @@ from tqdm.auto import tqdm
 import cotgen_pl
 from cotgen_pl.checkpoints import hash_weights
 from cotgen_pl.data.prompts import PromptFile
+from cotgen_pl.descriptions import describe
 from cotgen_pl.interfaces import (
     Prompt,
-    Reward,
     check_choice,
     check_positive,
     check_scores,
     check_share,
 )
 from cotgen_pl.modules.offline import OfflineModule
-from cotgen_pl.pair_sets import Drawn, PairSet, PairSetWriter
+from cotgen_pl.pairs.selection import PairRule, select_pairs
+from cotgen_pl.pairs.sets import Drawn, PairSet, PairSetWriter
 from cotgen_pl.sampling import noise_seed
 from cotgen_pl.scoring import ask
-from cotgen_pl.selection import PairRule, select_pairs
-
-RESIDENCE = ("batch_size", "device", "offload")  # where a reward scores, not what
 
 
 @dataclass
@@ -36,7 +33,7 @@ class PairSettings:
     """Which pairs a set takes, and how it is written."""
 
     rule: PairRule = "best_worst"
-    """See `cotgen_pl.selection.select_pairs`."""
+    """See `cotgen_pl.pairs.selection.select_pairs`."""
     margin: float = 0.0
     """Least difference of the two scores."""
     most_missing: float = 0.5
@@ -123,31 +120,6 @@ def _origin(
         },
         "selection": asdict(settings),
     }
-
-
-def describe(reward: Reward | None) -> dict[str, Any]:
-    """A reward's class, and the arguments of its constructor that it keeps, as JSON values."""
-    names = _constructor_arguments(type(reward))
-    kept = {name: _as_json(getattr(reward, name)) for name in names if hasattr(reward, name)}
-    return {"class_path": f"{type(reward).__module__}.{type(reward).__qualname__}", **kept}
-
-
-def _constructor_arguments(kind: type) -> list[str]:
-    """Names of a class's own arguments and of those it hands on to its bases."""
-    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
-    names = [name for make in constructors for name in inspect.signature(make).parameters]
-    return [name for name in dict.fromkeys(names) if name not in RESIDENCE]
-
-
-def _as_json(value: Any) -> Any:
-    """Plain values, and dicts, lists and rewards of such; of all else the class."""
-    if isinstance(value, Reward):
-        return describe(value)
-    if isinstance(value, dict):
-        return {str(name): _as_json(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    return value if isinstance(value, str | int | float | None) else type(value).__qualname__
 
 
 def _shows_bar(module: OfflineModule) -> bool:

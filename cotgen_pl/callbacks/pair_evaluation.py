@@ -18,7 +18,7 @@ from cotgen_pl.metrics import merge_metrics
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.modules.dpo import DPOModule
 from cotgen_pl.modules.offline import OfflineModule
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 
 LOGGED = ("loss", "rewards/accuracies", "rewards/margins")
 

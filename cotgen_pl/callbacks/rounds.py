@@ -25,7 +25,7 @@ from cotgen_pl.leaks import check_same_prompts, fingerprint, leave_out
 from cotgen_pl.modules.base import PolicyModule
 from cotgen_pl.modules.grpo import GRPOModule
 from cotgen_pl.modules.offline import OfflineModule
-from cotgen_pl.pair_sets import COUNTS, PairSet
+from cotgen_pl.pairs.sets import COUNTS, PairSet
 
 RECORDED = ("val/id/mean", "val/ood/mean")
 

@@ -28,7 +28,7 @@ import cotgen_pl
 from cotgen_pl.data.foreign_files import column_names, count_rows, find_files, read_rows
 from cotgen_pl.data.formats import ORIGIN
 from cotgen_pl.interfaces import Policy, Prompt, check_positive
-from cotgen_pl.pair_sets import Drawn, PairSetWriter
+from cotgen_pl.pairs.sets import Drawn, PairSetWriter
 
 ROWS_PER_SHARD = 256  # about 100 MB of Pick-a-Pic's pictures in memory at a time
 NUM_NAMED = 5  # unreadable pictures in a message

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cotgen_pl.data.foreign_pairs import ForeignPairs
 from cotgen_pl.interfaces import PreferencePair, Prompt, check_positive
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 
 __all__ = ["ForeignPairs", "PairData", "PairSet", "PairStream", "draw_order"]
 

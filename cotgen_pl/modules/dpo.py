@@ -29,7 +29,7 @@ from cotgen_pl.losses import (
 from cotgen_pl.metrics import merge_metrics
 from cotgen_pl.modules.micro_batches import MicroBatchModule, MicroBatchSize
 from cotgen_pl.modules.offline import OfflineModule
-from cotgen_pl.pair_sets import PairSet, load_reference, save_reference, tokens_hash
+from cotgen_pl.pairs.sets import PairSet, load_reference, save_reference, tokens_hash
 from cotgen_pl.planning.footprint import PlannedPolicy
 from cotgen_pl.planning.work import PlannedWork, dpo_work
 from cotgen_pl.sampling import LogprobMode, forced_logits

@@ -12,7 +12,7 @@ from torch import Tensor
 from cotgen_pl.interfaces import Policy, Reward, freeze
 from cotgen_pl.metrics import peak_memory_gb
 from cotgen_pl.modules.base import PolicyModule
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from cotgen_pl.sharding import whole
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cotgen_pl.callbacks.tables import DOMAINS
+from cotgen_pl.evaluation.tables import DOMAINS
 from cotgen_pl.study.claims import Claim
 from cotgen_pl.study.definition import BASE, Cell, Group, Study
 from cotgen_pl.study.progress import domains_of, suites_of

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from cotgen_pl.callbacks.tables import DOMAINS
+from cotgen_pl.evaluation.tables import DOMAINS
 from cotgen_pl.study.arms import Labels, Numbers, cells_of
 from cotgen_pl.study.definition import Cell, Group
 from cotgen_pl.study.entries import NOTHING, Content, Table

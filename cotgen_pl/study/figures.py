@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from cotgen_pl.callbacks.tables import DOMAINS
+from cotgen_pl.evaluation.tables import DOMAINS
 from cotgen_pl.study.definition import Group
 from cotgen_pl.study.drawing import BEST_MARKER, Styles, draw_panel
 from cotgen_pl.study.entries import Illustration, Panel, Spread

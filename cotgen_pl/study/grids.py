@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from cotgen_pl.callbacks.samples import read_verdict
-from cotgen_pl.callbacks.tables import DOMAINS
+from cotgen_pl.evaluation.tables import DOMAINS
 from cotgen_pl.study.definition import Group
 from cotgen_pl.study.entries import NOTHING, Content, Picture, Table
 from cotgen_pl.study.folders import Record, Records, SuiteVerdicts

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cotgen_pl.best_of_n import best_of_n_curve
-from cotgen_pl.callbacks.tables import DOMAINS
+from cotgen_pl.evaluation.tables import DOMAINS
 from cotgen_pl.study.definition import BASE, Group
 from cotgen_pl.study.entries import Spread
 from cotgen_pl.study.folders import Costs, Numbers, Record, Records, SuiteVerdicts

@@ -15,7 +15,7 @@ from itertools import compress
 from operator import attrgetter
 from typing import Any
 
-from cotgen_pl.callbacks.tables import DOMAINS
+from cotgen_pl.evaluation.tables import DOMAINS
 from cotgen_pl.study.definition import Group
 from cotgen_pl.study.entries import Content, Entry, Spread, Table, compare
 from cotgen_pl.study.folders import STRICT, Record, Records, SuiteVerdicts

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import Callback
 
 from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation, format_table
-from cotgen_pl.callbacks.suites import divergence, sample_prompts
 from cotgen_pl.data.prompts import PromptData, PromptFile
+from cotgen_pl.evaluation.divergence import divergence
 from cotgen_pl.interfaces import Prompt, Reward, Scores
 from cotgen_pl.modules.sft import SFTModule
 from cotgen_pl.policies.janus import JanusPolicy
@@ -134,24 +134,6 @@ def test_the_batch_size_changes_nothing(module, tmp_path):
 
 
 # Samples ----------------------------------------------------------------------------------------
-
-
-def numbered(counts: dict[str, int]) -> list[Prompt]:
-    rows = [category for category, number in counts.items() for _ in range(number)]
-    return [Prompt(f"{c} {i}", category=c, index=i) for i, c in enumerate(rows)]
-
-
-def test_a_sample_is_balanced_and_from_all_parts_of_each_category():
-    prompts = numbered({"color": 10, "few": 2, "count": 7, "": 4})
-    sample = sample_prompts(prompts, 3)
-    assert [prompt.index for prompt in sample] == [0, 3, 6, 10, 11, 12, 14, 16, 19, 20, 21]
-    assert sample_prompts(prompts, None) == prompts
-    assert sample_prompts(prompts, 10) == prompts
-
-
-def test_a_sample_of_mixed_categories_keeps_order_and_numbers():
-    prompts = [Prompt(str(i), category="ab"[i % 2], index=i) for i in range(8)]
-    assert [prompt.index for prompt in sample_prompts(prompts, 2)] == [0, 1, 4, 5]
 
 
 def test_all_evaluations_of_a_run_score_the_sample_and_its_ends_all_beside_it(tiny_janus, tmp_path):
@@ -376,25 +358,19 @@ def test_suites_need_names_of_their_own(tmp_path):
             SuiteEvaluation(suites)
 
 
-SIZES = ["images_per_prompt", "final_images_per_prompt"]
-
-
-@pytest.mark.parametrize("name", [*SIZES, "every_n_updates", "batch_size", "prompts_per_category"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "images_per_prompt",
+        "final_images_per_prompt",
+        "every_n_updates",
+        "batch_size",
+        "prompts_per_category",
+    ],
+)
 def test_sizes_below_one_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
         evaluation_of(tmp_path, **{name: 0})
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_a_suite_s_sizes_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"expected {name} of 1 or more, got 0"):
-        Suite("near", "id", [], **{name: 0})
-
-
-@pytest.mark.parametrize("name", ["", "a/b"])
-def test_suites_names_make_metrics_and_files(name):
-    with pytest.raises(ValueError, match="expected a suite's name without '/'"):
-        Suite(name, "id", [])
 
 
 def test_equal_scores_over_a_suite_are_told_once(module, tmp_path):

@@ -17,14 +17,13 @@ import yaml
 from PIL import Image
 
 import cotgen_pl
-from cotgen_pl.callbacks.pair_building import PairSettings, build_pairs, describe
+from cotgen_pl.callbacks.pair_building import PairSettings, build_pairs
 from cotgen_pl.checkpoints import hash_weights
 from cotgen_pl.data.prompts import read_prompts
 from cotgen_pl.interfaces import Prompt, Reward, Scores
 from cotgen_pl.modules.dpo import DPOModule
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from cotgen_pl.rewards.ensemble import Ensemble
-from cotgen_pl.rewards.shapes_oracle import ShapesOracle
 from tests.toys import (
     TEXTS,
     Brightness,
@@ -240,13 +239,6 @@ def test_the_set_says_how_it_was_made(tiny_janus, tmp_path):
         "most_missing": 0.5,
         "prompts_per_shard": 2,
         "images_per_batch": GROUP,
-    }
-
-
-def test_a_reward_is_described_by_what_it_was_made_with():
-    assert describe(ShapesOracle("geneval")) == {
-        "class_path": "cotgen_pl.rewards.shapes_oracle.ShapesOracle",
-        "rules": "geneval",
     }
 
 

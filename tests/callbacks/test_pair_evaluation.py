@@ -13,7 +13,7 @@ from cotgen_pl.callbacks.rounds import IterativeRounds
 from cotgen_pl.data.pairs import PairData
 from cotgen_pl.data.prompts import PromptData, PromptFile
 from cotgen_pl.modules.dpo import DPOModule
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import (
     Brightness,

@@ -19,7 +19,7 @@ from cotgen_pl.data.pairs import PairData
 from cotgen_pl.data.prompts import PromptData
 from cotgen_pl.interfaces import Prompt
 from cotgen_pl.modules.sft import SFTModule
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import (
     TEXTS,

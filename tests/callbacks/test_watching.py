@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cotgen_pl.callbacks.evaluation import ALARM, Suite, SuiteEvaluation
-from cotgen_pl.callbacks.suites import OWN, JudgedSuite, judge_suite, read_suite
 from cotgen_pl.data.prompts import PromptData, PromptFile
 from cotgen_pl.interfaces import Prompt, Reward, Scores
 from cotgen_pl.modules.sft import SFTModule
@@ -191,31 +190,6 @@ def test_rewards_that_draw_have_the_same_seeds_each_time_and_leave_no_trace(modu
         evaluation.evaluate(module, thoroughly=False)["val/watched/id/noise"]
         == one["val/watched/id/noise"]
     )
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_judge_their_shares_of_a_suite(module, tmp_path, processes):
-    """Each gives zeros for what is the others', so that their sum is the whole."""
-    suite = suites_of(tmp_path)[0]
-
-    def judge(rank: int, number: int) -> JudgedSuite:
-        trainer = SimpleNamespace(world_size=number, progress_bar_callback=None)
-        one = SimpleNamespace(global_rank=rank, trainer=trainer)
-        one.draw, one.policy, one.own_random_state = (
-            module.draw,
-            module.policy,
-            module.own_random_state,
-        )
-        one.sum_over_processes = lambda values: values
-        one.gathered = nullcontext
-        return judge_suite(one, suite, read_suite(suite), {OWN: Brightness()}, 2, 2)
-
-    whole, parts = judge(0, 1), [judge(rank, processes) for rank in range(processes)]
-    for name, values in whole.verdicts[OWN].items():
-        shares = [part.verdicts[OWN][name] for part in parts]
-        assert all((share == 0).any() for share in shares)
-        torch.testing.assert_close(sum(shares), values)
-    torch.testing.assert_close(sum(part.diversity for part in parts), whole.diversity)
 
 
 # Variety ----------------------------------------------------------------------------------------

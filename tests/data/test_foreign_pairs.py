@@ -14,7 +14,7 @@ from PIL import Image
 from cotgen_pl.data import foreign_pairs
 from cotgen_pl.data.foreign_pairs import ForeignPairs, fingerprint_encoder
 from cotgen_pl.data.pairs import PairData
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.data.test_pairs import Recorder, fit
 from tests.toys import make_policy

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from cotgen_pl.data.pairs import PairData, PairStream, draw_order
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from tests.toys import make_grpo, write_pairs
 
 NUM_PAIRS, PER_UPDATE, EPOCHS = 11, 3, 3  # 3 updates per pass, two pairs left over

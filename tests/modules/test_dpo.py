@@ -14,7 +14,7 @@ from cotgen_pl.adapters import LoraSettings
 from cotgen_pl.checkpoints import hash_weights
 from cotgen_pl.data.pairs import PairData
 from cotgen_pl.modules.dpo import DPOModule
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import Snapshots, make_dpo, make_policy, make_trainer, write_pairs
 

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from cotgen_pl.callbacks.suites import OWN, JudgedSuite, Suite
-from cotgen_pl.callbacks.tables import format_tables, suite_rows, warn_of_equal
+from cotgen_pl.evaluation.suites import OWN, JudgedSuite, Suite
+from cotgen_pl.evaluation.tables import format_tables, suite_rows, warn_of_equal
 from cotgen_pl.interfaces import Prompt
 from cotgen_pl.monitors import mean_error
 

@@ -7,7 +7,7 @@
     reference.safetensors               log-probabilities of a reference, where a run stored them
 
 The layout is the hub's: `datasets.load_dataset(folder)` finds the shards. Their columns are in
-`pair_rows.py`, whose `Drawn` belongs here for users.
+`rows.py`, whose `Drawn` belongs here for users.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Policy, PreferencePair, Prompt
-from cotgen_pl.pair_rows import FEATURES, TRAINED_ON, Drawn, read_prompts, read_tokens
+from cotgen_pl.pairs.rows import FEATURES, TRAINED_ON, Drawn, read_prompts, read_tokens
 
 __all__ = [
     "Drawn",

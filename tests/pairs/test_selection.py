@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cotgen_pl.losses import dead_groups
-from cotgen_pl.selection import PairRule, Selection, select_pairs
+from cotgen_pl.pairs.selection import PairRule, Selection, select_pairs
 
 NAN = float("nan")
 RULES = get_args(PairRule)

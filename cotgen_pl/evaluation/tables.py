@@ -1,6 +1,6 @@
 """A thorough evaluation for people and for other programs: tables as papers have them, and files.
 
-Apart from `evaluation.py`, which says when this is made: verdicts in, text and files out.
+Apart from `callbacks/evaluation.py`, which says when this is made: verdicts in, text and files out.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cotgen_pl.callbacks.suites import (
+from cotgen_pl.evaluation.suites import (
     OWN,
     JudgedSuite,
     Metrics,
     domain_mean,
     domains_of,
 )
-from cotgen_pl.callbacks.verdicts import as_plain, digest
+from cotgen_pl.evaluation.verdicts import as_plain, digest
 from cotgen_pl.files import write_whole
 from cotgen_pl.monitors import mean_error
 

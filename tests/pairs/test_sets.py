@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from cotgen_pl.interfaces import Prompt
-from cotgen_pl.pair_sets import (
+from cotgen_pl.pairs.sets import (
     Drawn,
     PairSet,
     PairSetWriter,

@@ -13,8 +13,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from cotgen_pl.callbacks.suites import Suite
 from cotgen_pl.data.formats import ORIGIN
+from cotgen_pl.evaluation.suites import Suite
 from cotgen_pl.files import write_whole
 from cotgen_pl.interfaces import Prompt, check_choice
 from cotgen_pl.leaks import (

@@ -1,6 +1,6 @@
 """Verdicts of a thorough evaluation on disk, batch by batch, so that one that is killed goes on.
 
-Apart from `suites.py`, which draws and asks: this knows files, and what must be the same for
+Apart from `judging.py`, which draws and asks: this knows files, and what must be the same for
 verdicts of before to count now.
 """
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import cotgen_pl
-from cotgen_pl.callbacks.pair_building import RESIDENCE, describe
 from cotgen_pl.checkpoints import hash_weights
 from cotgen_pl.data.prompts import PromptFile
+from cotgen_pl.descriptions import RESIDENCE, describe
 from cotgen_pl.files import append_rows, read_rows, write_whole
 from cotgen_pl.interfaces import Prompt, Reward
 from cotgen_pl.modules.base import PolicyModule

@@ -15,15 +15,15 @@ import yaml
 from torch import nn
 
 from cotgen_pl.callbacks.evaluation import Suite, SuiteEvaluation
-from cotgen_pl.callbacks.verdicts import (
+from cotgen_pl.checkpoints import hash_weights
+from cotgen_pl.data.prompts import PromptFile
+from cotgen_pl.evaluation.verdicts import (
     JudgedBatch,
     VerdictStore,
     as_plain,
     describe_judge,
     digest,
 )
-from cotgen_pl.checkpoints import hash_weights
-from cotgen_pl.data.prompts import PromptFile
 from cotgen_pl.interfaces import Reward, Scores
 from cotgen_pl.rewards.ensemble import Ensemble
 from tests.toys import Brightness, make_grpo, make_trainer
@@ -395,7 +395,7 @@ def test_two_processes_that_are_killed_and_go_on_as_one_or_two_give_what_one_giv
 
     suites = [
         {"name": name, "domain": domain, "files": [vars(write_rows(tmp_path, name, rows))]}
-        | {"reward": piece("tests.callbacks.test_verdicts.Fallible")}
+        | {"reward": piece("tests.evaluation.test_verdicts.Fallible")}
         for name, domain, rows in (("near", "id", NEAR), ("far", "ood", FAR))
     ]
     sizes = {"final_images_per_prompt": 2, "batch_size": 2, "kl_images": 0}

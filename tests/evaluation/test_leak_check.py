@@ -9,16 +9,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from cotgen_pl.callbacks.evaluation import SuiteEvaluation
-from cotgen_pl.callbacks.leak_check import LeakCheck
 from cotgen_pl.callbacks.pair_building import PairSettings
 from cotgen_pl.callbacks.rounds import IterativeRounds
-from cotgen_pl.callbacks.suites import Suite
 from cotgen_pl.data.foreign_pairs import ForeignPairs
 from cotgen_pl.data.pairs import PairData
 from cotgen_pl.data.prompts import PromptData, PromptFile
+from cotgen_pl.evaluation.leak_check import LeakCheck
+from cotgen_pl.evaluation.suites import Suite
 from cotgen_pl.interfaces import Prompt
 from cotgen_pl.leaks import PromptSource
-from cotgen_pl.pair_sets import PairSet
+from cotgen_pl.pairs.sets import PairSet
 from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import (
     TEXTS,
