@@ -38,7 +38,7 @@ def check_study(
         wanted = SEEDS_OF_A_DEVIATION if table.get("deviation", True) else 1
         check_seeds(study.groups[table["group"]], wanted, f"the deviation in table {name}")
     for claim in claims:
-        if claim.group in study.groups:
+        if {claim.group, claim.minus_group or claim.group} <= study.groups.keys():
             check_claim(study, claim, settings, deviates)
 
 
@@ -49,7 +49,7 @@ def check_claim(
 
     Args:
         study: Its groups may be some of those that the file has.
-        claim: About one that is there.
+        claim: About those that are there.
         settings: Of each run by name.
         deviates: Whether tests have more than one seed to go by.
     """

@@ -44,7 +44,7 @@ from cotgen_pl.study.arms import (
     twins,
 )
 from cotgen_pl.study.definition import BASE, Cell, Group, read_yaml
-from cotgen_pl.study.efficiency import Side, compare_halves
+from cotgen_pl.study.efficiency import Side, check_numbers, compare_halves
 from cotgen_pl.study.folders import Records
 from cotgen_pl.study.statistics import (
     Finding,
@@ -106,6 +106,21 @@ class Claim:
                     f"({ {axis: list(levels) for axis, levels in own.axes.items()} }), got "
                     f"{labels} over {self.over or 'no axis'}; correct the file of claims"
                 )
+        self._check_words(group)
+
+    def _check_words(self, group: Group) -> None:
+        """What each test asks for besides."""
+        wants = {"over": self.test in _MEASURES, "minus": self.test in ("spread", "efficiency")}
+        absent = [word for word, wanted in wants.items() if wanted and not getattr(self, word)]
+        if self.test == "order" and "reward" not in group.axes:
+            absent.append("an axis reward")
+        if absent:
+            raise ValueError(
+                f"claim {self.name}: expected {absent[0]} beside test: {self.test} of group "
+                f"{group.name}, got none; add it to the file of claims"
+            )
+        if self.test == "efficiency":
+            check_numbers(group, self.over)
 
 
 @dataclass(frozen=True)

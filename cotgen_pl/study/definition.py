@@ -344,9 +344,10 @@ def _of_groups(
 ) -> dict[str, Any]:
     """Tables or figures, without those of groups that are left out."""
     for name, entry in entries.items():
-        if entry.get("group") not in all_groups:
-            raise ValueError(
-                f"{name}: expected a group among {', '.join(all_groups)}, got "
-                f"{entry.get('group')!r}; name one"
-            )
+        for group in (entry.get("group"), *entry.get("more", {}).values()):
+            if group not in all_groups:
+                raise ValueError(
+                    f"{name}: expected a group among {', '.join(all_groups)}, got {group!r}; name "
+                    "one"
+                )
     return {name: entry for name, entry in entries.items() if entry["group"] in kept}

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -147,21 +148,33 @@ def half_gain(
         gain: Over the base, whose seconds are told, above 0.
         more: By further axes of numbers, the names of the groups that have them.
 
-    Raises:
-        ValueError: A group has not such an axis, or the gain is not above 0.
+    Returns:
+        Two tables, without those that have no row.
     """
-    if gain <= 0:
-        raise ValueError(f"{name}: expected a gain above 0, got {gain}; name one such as 0.05")
     groups = {axis: group}
     for other, named in (more or {}).items():
         if named in records.study.groups:
             groups[other] = records.study.groups[named]
-    for own_axis, own in groups.items():
-        check_numbers(own, own_axis)
-    return [
+    made = [
         _half_gain_table(records, groups, name, list({axis: 0, **(more or {})})),
         _seconds_table(records, group, f"{name}-seconds", axis, gain),
     ]
+    return [table for table in made if table.rows]
+
+
+def check_half_gain(name: str, entry: Mapping[str, Any], groups: Mapping[str, Group]) -> None:
+    """Refuse a table of `half_gain` that the groups which are there cannot give.
+
+    Raises:
+        ValueError: A group has not such an axis, or the gain is not above 0.
+    """
+    if not entry["gain"] > 0:
+        raise ValueError(
+            f"{name}: expected a gain above 0, got {entry['gain']}; name one such as 0.05"
+        )
+    for axis, named in {entry["axis"]: entry["group"], **entry.get("more", {})}.items():
+        if named in groups:
+            check_numbers(groups[named], axis)
 
 
 def check_numbers(group: Group, axis: str) -> None:

@@ -243,7 +243,7 @@ def as_csv(table: Table) -> str:
                     writer.writerow([*row[: table.num_labels], column, *_numbers(content)])
     else:
         writer.writerow(table.columns)
-        writer.writerows([" ".join(lines_of(content)) for content in row] for row in table.rows)
+        writer.writerows([" | ".join(lines_of(content)) for content in row] for row in table.rows)
     return text.getvalue()
 
 

@@ -130,6 +130,8 @@ def check_shown(study: Study) -> None:
                     f"{sorted(unknown)}, missing {sorted(missing)}; correct the entry"
                 )
             check_axes(name, entry, study.groups[entry["group"]])
+            if entry["kind"] == "half_gain":
+                efficiency.check_half_gain(name, entry, study.groups)
 
 
 BY_REWARD = ("rewards", "uplift")

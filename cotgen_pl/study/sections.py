@@ -172,10 +172,12 @@ def _write_intervals(found: Found) -> list[str]:
 
 
 def _write_interval(interval: Interval, unit: str) -> str:
-    share = f"{interval.undefined:.1%} of the resamples have no number"
+    if isnan(interval.mean):
+        return "no number"
     numbers = f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f}) {unit}".rstrip()
-    told = "no number" if isnan(interval.mean) else numbers
-    return f"{told}, {share}" if interval.undefined else told
+    share = f"{interval.undefined:.1%}" if interval.undefined >= 0.001 else "less than 0.1%"
+    without = f", {share} of the resamples have no number" if interval.undefined else ""
+    return f"{numbers}{without}"
 
 
 # What is missing --------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ def missing_blocks(records: Records) -> list[Block]:
     """Runs that are not finished, and pictures that no judge could read."""
     blocks: list[Block] = []
     seeds: dict[str, list[int]] = {}
-    for run, seed in records.missing:
+    for run, seed in (place for place in records.missing if place not in records.refused):
         seeds.setdefault(run, []).append(seed)
     if seeds:
         groups = _groups_by_run(records)

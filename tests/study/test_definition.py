@@ -91,6 +91,10 @@ def test_runs_come_behind_what_they_start_from(tmp_path):
     [
         ({"sedes": [1]}, "unknown .'sedes'."),
         ({"tables": {"one": {"group": "mian"}}}, "expected a group among main, other"),
+        (
+            {"tables": {"one": {"group": "main", "more": {"n": "mian"}}}},
+            "among main, other, got 'm",
+        ),
         ({"groups": {"g": {"title": "g", "axes": {"a": {"x": {}}}}}, "tables": {}}, "a config for"),
     ],
 )
@@ -185,6 +189,16 @@ def test_a_claim_about_two_groups_needs_seeds_and_places_of_both(tmp_path):
         ({"domain": "odo"}, "claim one: expected a domain among id, ood, shift, got 'odo'"),
         ({"of": {"algorithm": "ppo"}}, "claim one: expected places"),
         ({"over": "sizes"}, "claim one: expected places and an axis .* over sizes;"),
+        ({"test": "correlation"}, "claim one: expected over beside test: correlation"),
+        (
+            {"test": "spread", "over": "algorithm", "minus": "base"},
+            "claim one: expected minus beside test: spread",
+        ),
+        ({"test": "order"}, "claim one: expected an axis reward beside test: order of group other"),
+        (
+            {"test": "efficiency", "over": "algorithm", "minus": {"algorithm": "grpo"}},
+            "group other: expected an axis algorithm whose levels are numbers",
+        ),
     ],
 )
 def test_claims_about_what_a_study_does_not_have_are_refused(tmp_path, changes, message):

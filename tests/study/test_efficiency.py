@@ -9,7 +9,7 @@ import pytest
 
 from cotgen_pl.study.claims import Claim, judge
 from cotgen_pl.study.definition import BASE, Cell, Group, Run, Study
-from cotgen_pl.study.efficiency import half_gain
+from cotgen_pl.study.efficiency import check_half_gain, half_gain
 from cotgen_pl.study.folders import Costs, Record, Records, SuiteVerdicts
 
 SEEDS = (0, 1, 2)
@@ -180,12 +180,14 @@ def test_a_level_without_a_seed_takes_that_seed_out():
     halves, _ = tables_of(Records(records.study, kept, ()))
     assert halves.rows[0][2:] == [2, ("125", "seeds: 125; 125")]
     kept = {p: r for p, r in kept.items() if p[0] != "dpo-400"}
-    assert tables_of(Records(records.study, kept, ()))[0].rows == []
+    assert tables_of(Records(records.study, kept, ())) == []
 
 
 def test_levels_must_be_numbers():
-    records = records_of({"dpo": LATE})
+    groups = records_of({"dpo": LATE}).study.groups
+    entry = {"group": "levels", "axis": "images", "gain": 0.05, "more": {"prompts": "elsewhere"}}
+    check_half_gain("mine", entry, groups)
     with pytest.raises(ValueError, match="group levels: expected an axis algorithm whose levels"):
-        tables_of(records, axis="algorithm")
-    with pytest.raises(ValueError, match="expected a gain above 0, got 0"):
-        tables_of(records, gain=0)
+        check_half_gain("mine", entry | {"axis": "algorithm"}, groups)
+    with pytest.raises(ValueError, match="mine: expected a gain above 0, got 0"):
+        check_half_gain("mine", entry | {"gain": 0}, groups)

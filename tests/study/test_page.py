@@ -136,5 +136,5 @@ def test_csv_leaves_out_what_is_not_known():
 def test_csv_of_pictures_has_their_verdicts():
     assert list(csv.reader(io.StringIO(as_csv(GRID)))) == [
         ["prompt", "base"],
-        ["a_b", "0.25 failed: a < b"],
+        ["a_b", "0.25 | failed: a < b"],
     ]

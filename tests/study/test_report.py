@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -309,3 +310,19 @@ def test_nothing_overlaps_or_is_cut_in_a_browser(report, tmp_path, width):
     assert found.pop("images") == page.count("<img ") > 40
     assert found.pop("tables") == page.count("<table>") > 8
     assert found == {"beside": 0, "wide": 0, "cut": 0, "overlapping": 0, "blank": 0}
+
+
+@pytest.mark.parametrize(
+    ("interval", "told"),
+    [
+        (Interval(0.05, 0.01, 0.09), "+0.050 (+0.010 to +0.090)"),
+        (Interval(0.05, 0.01, 0.09, 0.12), "+0.050 (+0.010 to +0.090), 12.0% of the resamples"),
+        (Interval(0.05, 0.01, 0.09, 0.0004), "+0.090), less than 0.1% of the resamples have no n"),
+        (Interval(math.nan, 0.01, 0.09, 0.0004), "no number"),
+    ],
+)
+def test_what_has_no_number_in_some_resamples_says_so(interval, told):
+    table = claim_blocks([found("A", interval)])[-1]
+    (line,) = table.rows[0][2]
+    assert told in line
+    assert ("resamples" in line) == ("resamples" in told)
