@@ -160,3 +160,5 @@ def test_a_run_of_other_settings_is_in_no_number_and_is_named(difference, tmp_pa
         "| g/on | 0 | made with other settings: model.init\\_args.kl\\_coef is 0.05 there and 0.02"
     ) in text
     assert "| on | 1 | 0.750 ± ? |" in text
+    missing = text.split("Runs that are not here")[-1].split("Runs that were made with other")[0]
+    assert "base" in missing and "g/on" not in missing
