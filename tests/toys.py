@@ -121,6 +121,14 @@ def make_grpo(folder: Path, reward: Reward | None = None, **arguments: Any) -> G
     return GRPOModule(policy, reward or Brightness(), **settings)
 
 
+def attach_grpo(folder: Path, run_folder: Path) -> GRPOModule:
+    """One that is loaded and attached to a trainer."""
+    module = make_grpo(folder)
+    module.configure_model()
+    module.trainer = make_trainer(run_folder)
+    return module
+
+
 def make_dpo(folder: Path, **arguments: Any) -> DPOModule:
     """Four groups of 4 in all, plain SGD, guidance 3, without a reward of its own."""
     sizes = {"group_size": 4, "images_budget": 16, "guidance": 3.0}

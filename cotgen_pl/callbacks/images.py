@@ -114,7 +114,7 @@ class ImageWriter(Callback):
         for reward in self.rewards.values():
             check_scorable(self.prompts, reward)
         pl_module.write_pictures = partial(self.write, trainer, pl_module)
-        batch = max(map(len, self._batches()), default=0)
+        batch = len(next(self._batches(), []))  # none is larger
         pl_module.pictures_at_once = batch * min(self.candidates, self.batch_size)
 
     @torch.no_grad()

@@ -13,7 +13,16 @@ from cotgen_pl.evaluation.divergence import divergence
 from cotgen_pl.interfaces import Prompt, Reward, Scores
 from cotgen_pl.modules.sft import SFTModule
 from cotgen_pl.policies.janus import JanusPolicy
-from tests.toys import Brightness, Fixed, fit, make_grpo, make_policy, make_trainer, sgd
+from tests.toys import (
+    Brightness,
+    Fixed,
+    attach_grpo,
+    fit,
+    make_grpo,
+    make_policy,
+    make_trainer,
+    sgd,
+)
 
 ROWS = [("a red circle", "color"), ("two cats", "count"), ("cats", "count"), ("blue", "color")]
 
@@ -66,10 +75,7 @@ def brute_force(module, texts, copies) -> torch.Tensor:
 @pytest.fixture
 def module(tiny_janus, tmp_path):
     """A module that is loaded and attached to a trainer."""
-    module = make_grpo(tiny_janus)
-    module.configure_model()
-    module.trainer = make_trainer(tmp_path)
-    return module
+    return attach_grpo(tiny_janus, tmp_path)
 
 
 def disturb(module, size=0.2) -> None:

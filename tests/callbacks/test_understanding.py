@@ -13,7 +13,16 @@ from cotgen_pl.callbacks.understanding import UnderstandingEvaluation
 from cotgen_pl.interfaces import Policy
 from cotgen_pl.policies.janus import JanusPolicy
 from cotgen_pl.understanding import is_right, read_questions
-from tests.toys import Memory, NoisyBrightness, fit, make_grpo, make_policy, make_trainer, sgd
+from tests.toys import (
+    Memory,
+    NoisyBrightness,
+    attach_grpo,
+    fit,
+    make_grpo,
+    make_policy,
+    make_trainer,
+    sgd,
+)
 
 ASKED = ("what color?", "is there a circle or a square?", "how many cats?")
 
@@ -50,10 +59,7 @@ def seeing_janus(tmp_path_factory) -> Path:
 @pytest.fixture
 def module(seeing_janus, tmp_path):
     """A module that is loaded and attached to a trainer."""
-    module = make_grpo(seeing_janus)
-    module.configure_model()
-    module.trainer = make_trainer(tmp_path)
-    return module
+    return attach_grpo(seeing_janus, tmp_path)
 
 
 def ask(module, folder, **arguments) -> list[str]:

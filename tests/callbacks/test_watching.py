@@ -21,6 +21,7 @@ from cotgen_pl.policies.janus import JanusPolicy
 from tests.toys import (
     Brightness,
     StopAt,
+    attach_grpo,
     fit,
     make_grpo,
     make_policy,
@@ -98,10 +99,7 @@ def evaluation_of(folder, reward: Reward | None = None, **arguments) -> SuiteEva
 @pytest.fixture
 def module(tiny_janus, tmp_path):
     """A module that is loaded and attached to a trainer."""
-    module = make_grpo(tiny_janus)
-    module.configure_model()
-    module.trainer = make_trainer(tmp_path)
-    return module
+    return attach_grpo(tiny_janus, tmp_path)
 
 
 def draw(module, texts, copies) -> torch.Tensor:

@@ -8,16 +8,13 @@ import torch
 
 from cotgen_pl.evaluation.judging import judge_suite
 from cotgen_pl.evaluation.suites import OWN, JudgedSuite, Suite, read_suite
-from tests.toys import Brightness, make_grpo, make_trainer, write_prompts
+from tests.toys import Brightness, attach_grpo, write_prompts
 
 
 @pytest.fixture
 def module(tiny_janus, tmp_path):
     """A module that is loaded and attached to a trainer."""
-    module = make_grpo(tiny_janus)
-    module.configure_model()
-    module.trainer = make_trainer(tmp_path)
-    return module
+    return attach_grpo(tiny_janus, tmp_path)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
